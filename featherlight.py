@@ -1,0 +1,57 @@
+"""The `featherlight` command. This file stays light, so that `featherlight --help` answers at once."""
+
+import sys
+
+USAGE = """\
+usage: featherlight {fit,validate,test,predict} --config FILE [--config FILE ...] [options]
+
+Train, test, compress, combine and deploy efficient models from YAML.
+
+commands:
+  fit         train; writes checkpoints and logs into trainer.default_root_dir
+  validate    evaluate on the validation split
+  test        evaluate on the test split; ends with a table and results.json
+  predict     run on new data; writes predictions that a person and a program can read
+
+common options:
+  --config FILE                     a recipe; later files and options override earlier ones
+  --trainer.callbacks+=FILE         plug in a teacher, a pruning schedule, a report, ...
+  (configs/callbacks/*.yaml)
+  --model.init_args.KEY VALUE       change an argument of the method; likewise --data.init_args.KEY
+  --trainer.KEY VALUE               change an argument of the Lightning Trainer
+  --ckpt_path PATH|auto             start from a checkpoint; `auto` takes the newest loadable one of this
+  run, or none
+  --seed_everything N               the seed (default 0)
+  --print_config                    show the composed configuration and exit
+  --debug                           full tracebacks for errors in options and data
+
+`featherlight COMMAND --help` lists every option; `--model.help CLASS`, `--data.help CLASS` those of a class.
+Recipes are in configs/, the documentation in docs/.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None takes those of the process.
+
+    Returns:
+        The exit status: 0, or 2 for a mistake in the options or the data.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"featherlight {version('featherlight')}")
+        return 0
+    from featherlight_cli import run
+
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""LightningCLI over the three packages: the only place that sees them all."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import callbacks  # noqa: F401  (its classes get their short names by being imported)
+import datamodules  # noqa: F401
+import lightning_modules  # noqa: F401
+from callbacks.checkpointing import AtomicCheckpointIO, RunCheckpoint, newest_loadable
+from callbacks.preemption import Preemption
+from callbacks.results import Results, run_directory
+
+SHARDED = ("fsdp", "deepspeed", "model_parallel")
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the composed configuration, seed included, as `config_<command>.yaml` into the run's
+    directory.
+    """
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called on rank 0 at the start of a run."""
+        path = run_directory(trainer) / f"config_{TrainerFn(stage).value}.yaml"
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+
+
+class FeatherlightCLI(LightningCLI):
+    """The four commands, with a run directory, safe checkpoints and `--ckpt_path auto`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Callbacks that every run has; each can be configured under its key."""
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Preemption, "preemption")
+        parser.add_argument(
+            "--debug", action="store_true", help="Full tracebacks for errors in options and data."
+        )
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        # checkpoints hold plain tensors and are only ever read as such; our own table replaces Lightning's
+        parser.set_defaults({"weights_only": True})
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """The configuration decides: a checkpoint brings weights and progress, not options."""
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run's directory, and find the checkpoint that `auto` means."""
+        config = self.config[self.subcommand]
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = str(self._default_directory(config))
+        if config.get("ckpt_path") == "auto":
+            directory = Path(config.trainer.default_root_dir)
+            config.ckpt_path = newest_loadable(directory, config.checkpoint.dirpath)
+
+    @staticmethod
+    def _default_directory(config: Any) -> Path:
+        """`runs/deco/r50_coco` for `--config configs/deco/r50_coco.yaml`: the first recipe names the run."""
+        files = config.get("config") or []
+        if not files:
+            return Path("runs") / "default"
+        recipe = Path(os.path.relpath(str(files[0]))).with_suffix("")
+        parts = [part for part in recipe.parts if part not in ("..", "configs", os.sep)]
+        return Path("runs", *parts[-2:])
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer, with our logger and checkpoint writer unless the user chose others."""
+        config = self._get(self.config_init, "trainer")
+        if config.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(config.default_root_dir, name="", version="logs")
+        if not _is_sharded(config.strategy):
+            plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins]
+            plugins = [plugin for plugin in plugins if plugin is not None]
+            if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+                kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+
+def _is_sharded(strategy: Any) -> bool:
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    return any(kind in name.lower().replace("modelparallel", "model_parallel") for kind in SHARDED)
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, instantiate and run; errors in options and data are printed as one sentence.
+
+    Args:
+        arguments: the command line without the program's name.
+
+    Returns:
+        The exit status.
+    """
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    try:
+        FeatherlightCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults={"callbacks": [Results()]},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            args=None if arguments == sys.argv[1:] else arguments,
+        )
+    except (MisconfigurationException, FileNotFoundError) as error:
+        if "--debug" in arguments:
+            raise
+        print(f"featherlight: error: {error}", file=sys.stderr)
+        return 2
+    return 0

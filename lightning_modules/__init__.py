@@ -1,0 +1,7 @@
+"""One room a method: networks, losses and the LightningModules that train them."""
+
+from lightning_modules.base import Method
+from lightning_modules.classification import ImageClassifier
+from lightning_modules.schedules import WarmupSchedule
+
+__all__ = ["ImageClassifier", "Method", "WarmupSchedule"]

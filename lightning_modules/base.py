@@ -1,0 +1,261 @@
+"""Method: what every training method shares, so that a method's own file holds only the method."""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_modules.finite import FiniteGuard
+from lightning_modules.reproducibility import seed_step
+from lightning_modules.schedules import WarmupSchedule
+from lightning_modules.selection import match
+
+Terms: TypeAlias = dict[str, Tensor]
+
+
+class Method(LightningModule):
+    """A LightningModule with named losses, attachable objectives, optimiser groups and clean checkpoints.
+
+    A method fills in `compute` and `losses`. The loss of a step is the sum of its own terms and of those of
+    every attached objective; each is logged as `train/<term>` or `train/<objective>/<term>`. A method with
+    alternating optimisers sets `automatic_optimization = False`, overrides `training_step`, and still uses
+    `total_loss`, `parameter_groups` and `schedule`.
+
+    Every training step starts from random state seeded by (seed, epoch, batch, rank), so that a resumed run
+    draws the numbers that the uninterrupted one would have drawn.
+
+    Args:
+        optimizer: any torch or timm optimiser class with its arguments; None is AdamW at 1e-3. (No class stands
+            here as the default: the command line would hand its arguments on to the class a user chooses.)
+        lr_scheduler: any torch scheduler, or `WarmupSchedule` for timm's; None keeps the rate constant.
+        lr_interval: when a torch scheduler steps (`WarmupSchedule` says so itself).
+        lr_multipliers: `{glob over parameter names: factor of the learning rate}`; the last glob that
+            matches wins.
+        no_decay: globs over parameter names that get no weight decay.
+        decay_1d: False leaves one-dimensional parameters (norms, biases) without weight decay, as timm does.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        lr_multipliers: dict[str, float] | None = None,
+        no_decay: list[str] | None = None,
+        decay_1d: bool = True,
+    ) -> None:
+        super().__init__()
+        self.optimizer: OptimizerCallable = optimizer or partial(torch.optim.AdamW, lr=1e-3)
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        self.lr_multipliers = lr_multipliers or {}
+        self.no_decay = no_decay or []
+        self.decay_1d = decay_1d
+        self.objectives = nn.ModuleDict()
+        self._finite = FiniteGuard()
+
+    # What a method fills in
+
+    def augment(self, batch: Any) -> Any:
+        """Change a training batch on the device before anything sees it (mixup, erasing); here: not at
+        all.
+        """
+        return batch
+
+    def compute(self, batch: Any) -> dict[str, Tensor]:
+        """Forward pass: named outputs that `losses` and the objectives read."""
+        raise MisconfigurationException(f"{type(self).__name__} must define `compute(batch)`.")
+
+    def losses(self, outputs: dict[str, Tensor], batch: Any) -> Terms:
+        """Named, weighted scalar terms of the method's own loss."""
+        raise MisconfigurationException(f"{type(self).__name__} must define `losses(outputs, batch)`.")
+
+    # The step
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the step, see the class docstring."""
+        seed_step(self.current_epoch, batch_idx, self.global_rank)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Augment, compute, sum every term, log them."""
+        batch = self.augment(batch)
+        outputs = self.compute(batch)
+        return self.total_loss(outputs, batch, batch_idx)
+
+    def total_loss(self, outputs: dict[str, Tensor], batch: Any, batch_idx: int) -> Tensor:
+        """Sum of the method's terms and of every objective's, logged and watched for non-finite values."""
+        terms = dict(self.losses(outputs, batch))
+        for name, objective in self.objectives.items():
+            terms.update({f"{name}/{term}": value for term, value in objective(self, batch, outputs).items()})
+        if not terms:
+            raise MisconfigurationException(
+                f"{type(self).__name__} has no loss term and no objective is attached."
+            )
+        loss = torch.stack([value.float() for value in terms.values()]).sum()
+        self._finite.watch(terms, batch_idx, self._data_source())
+        values = {f"train/{name}": value.detach() for name, value in terms.items()}
+        self.log_dict(values, batch_size=1)  # one value a step: the batch size weighs nothing
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        return loss
+
+    def on_after_backward(self) -> None:
+        """Stop before a non-finite loss reaches the weights."""
+        self._finite.verify()
+
+    def _data_source(self) -> str:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None:
+            return "the given data loader"
+        return f"{type(datamodule).__name__} ({getattr(datamodule, 'root', 'no root')})"
+
+    # Objectives
+
+    def attach_objective(self, name: str, objective: nn.Module) -> None:
+        """Add `objective(module, batch, outputs) -> {term: weighted scalar}` to the training loss.
+
+        Its parameters and buffers become part of the module: optimised, checkpointed, synchronised.
+
+        Raises:
+            MisconfigurationException: the name is taken, or has a dot or slash.
+        """
+        if name in self.objectives:
+            raise MisconfigurationException(
+                f"An objective named '{name}' is attached already: give each its `name`."
+            )
+        if "." in name or "/" in name or not name:
+            raise MisconfigurationException(
+                f"objective name '{name}': must be non-empty, without '.' and '/'."
+            )
+        self.objectives[name] = objective
+
+    def detach_objective(self, name: str) -> None:
+        """Remove an attached objective; unknown names are ignored."""
+        if name in self.objectives:
+            del self.objectives[name]
+
+    # Optimiser and schedule
+
+    def configure_optimizers(self) -> Any:
+        """One optimiser over all trainable parameters in groups, and its schedule."""
+        optimizer = self.build_optimizer(self.optimizer, self.named_parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.schedule(optimizer, self.lr_scheduler)}
+
+    def build_optimizer(
+        self, factory: OptimizerCallable, parameters: Iterable[tuple[str, nn.Parameter]]
+    ) -> Optimizer:
+        """`factory` over `parameter_groups`, with the rate of each group multiplied by its factor."""
+        groups = self.parameter_groups(parameters)
+        factors = [group.pop("lr_factor") for group in groups]
+        optimizer = factory(groups)
+        for group, factor in zip(optimizer.param_groups, factors, strict=True):
+            group["lr"] = group["lr"] * factor
+        return optimizer
+
+    def parameter_groups(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+        """Trainable parameters grouped by (learning-rate factor, weight decay or none).
+
+        Args:
+            parameters: named parameters; frozen ones are left out.
+
+        Returns:
+            Groups with `params`, `lr_factor`, and `weight_decay: 0` where decay is off.
+
+        Raises:
+            ValueError: a glob of `lr_multipliers` or `no_decay` matches nothing.
+            MisconfigurationException: nothing is trainable.
+        """
+        trainable = {name: parameter for name, parameter in parameters if parameter.requires_grad}
+        if not trainable:
+            raise MisconfigurationException(f"{type(self).__name__} has no trainable parameter to optimise.")
+        factors = dict.fromkeys(trainable, 1.0)
+        for glob, factor in self.lr_multipliers.items():
+            factors.update(dict.fromkeys(match(trainable, [glob], "lr_multipliers"), factor))
+        exempt = set(match(trainable, self.no_decay, "no_decay"))
+        groups: dict[tuple[float, bool], dict[str, Any]] = {}
+        for name, parameter in trainable.items():
+            decayed = name not in exempt and (self.decay_1d or parameter.ndim > 1)
+            group = groups.setdefault((factors[name], decayed), {"params": [], "lr_factor": factors[name]})
+            group["params"].append(parameter)
+            if not decayed:
+                group["weight_decay"] = 0.0
+        return list(groups.values())
+
+    def schedule(self, optimizer: Optimizer, factory: LRSchedulerCallable) -> dict[str, Any]:
+        """Lightning's scheduler dictionary for `factory(optimizer)`, with the horizon bound where it needs
+        one.
+        """
+        scheduler: LRScheduler | ReduceLROnPlateau = factory(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {"scheduler": scheduler, "monitor": scheduler.monitor, "interval": "epoch"}
+        if isinstance(scheduler, WarmupSchedule):
+            scheduler.bind(*self._horizon())
+            return {"scheduler": scheduler, "interval": scheduler.interval}
+        return {"scheduler": scheduler, "interval": self.lr_interval}
+
+    def _horizon(self) -> tuple[int, int]:
+        """Epochs of the run and optimiser steps in one of them."""
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise MisconfigurationException(
+                "WarmupSchedule needs an end: set trainer.max_epochs or trainer.max_steps."
+            )
+        epochs = self.trainer.max_epochs
+        if epochs is None or epochs < 1:
+            return 1, int(steps)
+        return epochs, max(1, -(-int(steps) // epochs))
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only plain hyper-parameters, so that the file loads with `weights_only=True`."""
+        if "hyper_parameters" in checkpoint:
+            checkpoint["hyper_parameters"] = _plain(dict(checkpoint["hyper_parameters"]))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drop the state of objectives that are not attached now; ask for the callbacks of those that are
+        missing.
+        """
+        state = checkpoint["state_dict"]
+        saved = {key.split(".")[1] for key in state if key.startswith("objectives.")}
+        unclaimed = sorted(saved - set(self.objectives))
+        if unclaimed:
+            dropped = tuple(f"objectives.{name}." for name in unclaimed)
+            checkpoint["state_dict"] = {
+                key: value for key, value in state.items() if not key.startswith(dropped)
+            }
+            rank_zero_info(
+                f"The checkpoint's training-only parts {unclaimed} are left out: nothing here uses them."
+            )
+        lacking = [n for n, objective in self.objectives.items() if objective.state_dict() and n not in saved]
+        if lacking:
+            raise MisconfigurationException(
+                f"The checkpoint has no state for the objectives {lacking}: it comes from a run without "
+                "them. To start "
+                "from its weights, give it as `model.init_args.weights` instead of `ckpt_path`."
+            )
+
+
+_PLAIN: tuple[type, ...] = (str, int, float, bool, type(None), Tensor)
+_LEFT_OUT = object()
+
+
+def _plain(value: Any) -> Any:
+    """`value` with everything that is not a plain type left out, recursively."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, Mapping):
+        kept = {str(key): _plain(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if item is not _LEFT_OUT}
+    if isinstance(value, (list, tuple)):
+        return [item for item in map(_plain, value) if item is not _LEFT_OUT]
+    return str(value) if hasattr(value, "__fspath__") else _LEFT_OUT

@@ -1,0 +1,79 @@
+"""Fixtures that every test may use: one thread a process, quiet runs, a tiny labelled data set."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from torch.utils.data import DataLoader, Dataset
+
+torch.set_num_threads(1)
+
+
+class Blobs(Dataset):
+    """Noise images whose brightest corner is their class: `image`, `label`, `index` as the contracts say."""
+
+    def __init__(self, length: int = 32, size: int = 32, classes: int = 4) -> None:
+        self.length, self.size, self.classes = length, size, classes
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        image = 0.5 * torch.rand(3, self.size, self.size, generator=generator)
+        label, half = index % self.classes, self.size // 2
+        row, column = divmod(label % 4, 2)
+        image[:, row * half : (row + 1) * half, column * half : (column + 1) * half] += 0.4
+        return {"image": image, "label": torch.tensor(label), "index": torch.tensor(index)}
+
+
+class BlobData(LightningDataModule):
+    """A DataModule over `Blobs` for tests of methods and callbacks."""
+
+    def __init__(self, length: int = 32, batch_size: int = 8, size: int = 32, classes: int = 4) -> None:
+        super().__init__()
+        self.blobs = Blobs(length, size, classes)
+        self.batch_size = batch_size
+        self.num_classes = classes
+        self.class_names = [f"corner {index}" for index in range(classes)]
+        self.root = "memory"
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.blobs, batch_size=self.batch_size)
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    seed_everything(0, verbose=False)
+
+
+@pytest.fixture
+def blob_data():
+    """The class, so that a test can choose sizes."""
+    return BlobData
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """A factory of quiet CPU trainers that write under `tmp_path`."""
+
+    def make(**options):
+        defaults = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(tmp_path),
+            "max_epochs": 1,
+        }
+        return Trainer(**{**defaults, **options})
+
+    return make

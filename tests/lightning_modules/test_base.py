@@ -1,0 +1,167 @@
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_modules.base import Method
+from lightning_modules.reproducibility import derived_seed, seed_step
+
+
+class Scale(Method):
+    """Two loss terms of known value: 2 w and 3 w."""
+
+    def __init__(self, plain=None, nested=None, **options):
+        super().__init__(**options)
+        self.network = nn.Sequential(nn.Linear(1, 1, bias=True), nn.LayerNorm(1))
+        self.w = nn.Parameter(torch.tensor(1.0))
+        self.poison_at = None
+        self.draws = []
+
+    def compute(self, batch):
+        self.draws.append(torch.rand(1).item())
+        return {"w": self.w, "unused": self.network(batch["image"].mean().view(1, 1))}
+
+    def losses(self, outputs, batch):
+        bad = float("nan") if self.poison_at == len(self.draws) - 1 else 1.0
+        return {"double": 2 * outputs["w"] * bad, "triple": 3 * outputs["w"] + 0 * outputs["unused"].sum()}
+
+
+class Quadruple(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Parameter(torch.tensor(5.0))
+
+    def forward(self, module, batch, outputs):
+        return {"term": 4 * outputs["w"] * self.extra}
+
+
+sgd = partial(torch.optim.SGD, lr=0.1)
+
+
+def test_the_loss_is_the_sum_of_all_terms_and_each_is_logged(trainer, blob_data):
+    module = Scale(optimizer=sgd)
+    module.attach_objective("more", Quadruple())
+    run = trainer(max_steps=1)
+    run.fit(module, datamodule=blob_data())
+    logged = {key: value.item() for key, value in run.logged_metrics.items()}
+    expected = {"train/double": 2, "train/triple": 3, "train/more/term": 20, "train/loss": 25}
+    assert logged == pytest.approx(expected)
+    assert module.w.item() == pytest.approx(1 - 0.1 * 25)
+    assert module.objectives["more"].extra.item() == pytest.approx(5 - 0.1 * 4)
+
+
+def test_a_term_that_is_not_finite_stops_the_run_before_the_weights_change(trainer, blob_data):
+    module = Scale(optimizer=sgd)
+    module.poison_at = 2
+    with pytest.raises(RuntimeError, match=r"double = nan, at batch 2 of BlobData \(memory\)"):
+        trainer().fit(module, datamodule=blob_data())
+    assert module.w.item() == pytest.approx(1 - 2 * 0.1 * 5, abs=1e-6)
+
+
+def test_names_of_objectives_are_unique_and_plain():
+    module = Scale()
+    module.attach_objective("kd", Quadruple())
+    with pytest.raises(MisconfigurationException, match="'kd' is attached already"):
+        module.attach_objective("kd", Quadruple())
+    with pytest.raises(MisconfigurationException, match="a.b"):
+        module.attach_objective("a.b", Quadruple())
+    module.detach_objective("kd")
+    assert not list(module.objectives)
+
+
+def test_parameter_groups_by_rate_and_decay():
+    module = Scale(
+        optimizer=partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5),
+        lr_multipliers={"network.*": 0.1, "network.1.*": 0.2},
+        no_decay=["network.0.weight"],
+    )
+    optimizer = module.configure_optimizers()
+    found = {
+        name: (round(group["lr"], 6), group["weight_decay"])
+        for name, parameter in module.named_parameters()
+        for group in optimizer.param_groups
+        if any(parameter is member for member in group["params"])
+    }
+    assert found == {
+        "w": (0.1, 0.5),
+        "network.0.weight": (0.01, 0.0),
+        "network.0.bias": (0.01, 0.5),
+        "network.1.weight": (0.02, 0.5),
+        "network.1.bias": (0.02, 0.5),
+    }
+
+
+def test_one_dimensional_parameters_can_go_without_decay():
+    module = Scale(optimizer=partial(torch.optim.AdamW, weight_decay=0.5), decay_1d=False)
+    decayed = [g for g in module.configure_optimizers().param_groups if g["weight_decay"] > 0]
+    assert [tuple(p.shape) for group in decayed for p in group["params"]] == [(1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("lr_multipliers", {"netwrok.*": 0.1}), ("no_decay", ["netwrok.*"])]
+)
+def test_a_glob_without_a_match_names_the_option(option, value):
+    with pytest.raises(ValueError, match=rf"{option}: the pattern 'netwrok\.\*' matches nothing"):
+        Scale(**{option: value}).configure_optimizers()
+
+
+def test_frozen_parameters_stay_out_and_nothing_trainable_is_an_error():
+    module = Scale(optimizer=sgd)
+    module.network.requires_grad_(False)
+    assert [len(group["params"]) for group in module.configure_optimizers().param_groups] == [1]
+    module.w.requires_grad_(False)
+    with pytest.raises(MisconfigurationException, match="Scale has no trainable parameter"):
+        module.configure_optimizers()
+
+
+def test_a_step_draws_the_same_numbers_wherever_the_run_started(trainer, blob_data):
+    whole, part = Scale(optimizer=sgd), Scale(optimizer=sgd)
+    trainer(max_epochs=1).fit(whole, datamodule=blob_data())
+    torch.rand(17)
+    trainer(max_epochs=1).fit(part, datamodule=blob_data())
+    assert whole.draws == part.draws
+    assert len(set(whole.draws)) == len(whole.draws)
+
+
+def test_seeds_depend_on_every_part():
+    seeds = {
+        derived_seed(s, "step", e, b, r)
+        for s in range(3)
+        for e in range(3)
+        for b in range(30)
+        for r in range(3)
+    }
+    assert len(seeds) == 3 * 3 * 30 * 3
+    seed_step(1, 2, 3)
+    first = torch.rand(3)
+    seed_step(1, 2, 3)
+    assert torch.equal(first, torch.rand(3))
+
+
+def test_checkpoints_are_plain_and_objectives_come_and_go(trainer, blob_data, tmp_path):
+    module = Scale(optimizer=sgd)
+    module.attach_objective("more", Quadruple())
+    module.save_hyperparameters({"plain": 1, "function": sgd, "nested": {"a": [1, sgd], "path": tmp_path}})
+    run = trainer(max_steps=1)
+    run.fit(module, datamodule=blob_data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"] == {"plain": 1, "nested": {"a": [1], "path": str(tmp_path)}}
+    assert "objectives.more.extra" in checkpoint["state_dict"]
+
+    plain = Scale.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert plain.w.item() == module.w.item()
+
+    other = Scale(optimizer=sgd)
+    other.attach_objective("kd", Quadruple())
+    with pytest.raises(MisconfigurationException, match=r"no state for the objectives \['kd'\]"):
+        other.on_load_checkpoint(checkpoint)
+
+
+def test_a_method_must_say_what_it_computes():
+    with pytest.raises(MisconfigurationException, match="must define `compute"):
+        Method().compute({})
+    with pytest.raises(MisconfigurationException, match="must define `losses"):
+        Method().losses({}, {})
