@@ -4,6 +4,7 @@ import sys
 
 USAGE = """\
 usage: featherlight {fit,validate,test,predict} --config FILE [--config FILE ...] [options]
+       featherlight results RUN [RUN ...]
 
 Train, test, compress, combine and deploy efficient models from YAML.
 
@@ -12,6 +13,7 @@ commands:
   validate    evaluate on the validation split
   test        evaluate on the test split; ends with a table and results.json
   predict     run on new data; writes predictions that a person and a program can read
+  results     one table of what `test` found in several runs
 
 common options:
   --config FILE                     a recipe; later files and options override earlier ones
@@ -48,9 +50,27 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"featherlight {version('featherlight')}")
         return 0
+    if arguments[0] == "results":
+        return _results(arguments[1:])
     from featherlight_cli import run
 
     return run(arguments)
+
+
+def _results(runs: list[str]) -> int:
+    from pathlib import Path
+
+    from callbacks.results import compare
+
+    if not runs or runs[0] in ("-h", "--help"):
+        print("usage: featherlight results RUN [RUN ...]")
+        return 0 if runs else 2
+    try:
+        compare([Path(run) for run in runs])
+    except FileNotFoundError as error:
+        print(f"featherlight: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -19,8 +20,11 @@ import lightning_modules  # noqa: F401
 from callbacks.checkpointing import AtomicCheckpointIO, RunCheckpoint, newest_loadable
 from callbacks.preemption import Preemption
 from callbacks.results import Results, run_directory
+from datamodules.reading import CorruptSampleError
+from datamodules.resuming import ExactResume
 
 SHARDED = ("fsdp", "deepspeed", "model_parallel")
+USER_ERRORS = (MisconfigurationException, FileNotFoundError, UnpicklingError, CorruptSampleError)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -60,12 +64,22 @@ class FeatherlightCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Settle the run's directory, and find the checkpoint that `auto` means."""
-        config = self.config[self.subcommand]
+        config = self.config[self.subcommand] if self.subcommand else self.config
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(self._default_directory(config))
         if config.get("ckpt_path") == "auto":
             directory = Path(config.trainer.default_root_dir)
             config.ckpt_path = newest_loadable(directory, config.checkpoint.dirpath)
+
+    def instantiate_classes(self) -> None:
+        """Build everything; what a constructor objects to is reported in its own words."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None and not isinstance(cause, USER_ERRORS):
+                cause = cause.__cause__
+            raise MisconfigurationException(str(cause)) from error
 
     @staticmethod
     def _default_directory(config: Any) -> Path:
@@ -95,6 +109,35 @@ def _is_sharded(strategy: Any) -> bool:
     return any(kind in name.lower().replace("modelparallel", "model_parallel") for kind in SHARDED)
 
 
+def make_cli(arguments: list[str] | None, run: bool = True, with_trainer: bool = True) -> FeatherlightCLI:
+    """Parse the command line, build what it names and, if wanted, run it.
+
+    Args:
+        arguments: the command line without the program's name; None takes the process's own.
+        run: expect a command first, and run it. Otherwise only parse and build.
+        with_trainer: False leaves the Trainer unbuilt (it refuses devices that the machine does not have).
+    """
+    kind = FeatherlightCLI if with_trainer else _WithoutTrainer
+    return kind(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=SaveRunConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        trainer_defaults={"callbacks": [ExactResume(), Results()]},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        args=arguments,
+        run=run,
+    )
+
+
+class _WithoutTrainer(FeatherlightCLI):
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
+
+
 def run(arguments: list[str]) -> int:
     """Parse, instantiate and run; errors in options and data are printed as one sentence.
 
@@ -106,19 +149,8 @@ def run(arguments: list[str]) -> int:
     """
     logging.getLogger("timm").setLevel(logging.WARNING)
     try:
-        FeatherlightCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=SaveRunConfig,
-            save_config_kwargs={"save_to_log_dir": False},
-            trainer_defaults={"callbacks": [Results()]},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            args=None if arguments == sys.argv[1:] else arguments,
-        )
-    except (MisconfigurationException, FileNotFoundError) as error:
+        make_cli(None if arguments == sys.argv[1:] else arguments)
+    except USER_ERRORS as error:
         if "--debug" in arguments:
             raise
         print(f"featherlight: error: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Checkpoints that survive: written atomically, kept by default, found again by `--ckpt_path auto`."""
 
 import os
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_modules.weights import read_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -37,13 +40,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             os.replace(partial, target)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
             kept = (
                 f"the previous '{target.name}' is intact"
                 if target.exists()
                 else "no file of that name was there"
             )
             raise OSError(f"The checkpoint '{target}' could not be written ({error}); {kept}.") from error
+
+    def load_checkpoint(
+        self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Contents of a checkpoint, always without running code from it, see `read_checkpoint`."""
+        return read_checkpoint(Path(path))
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -94,6 +104,12 @@ class RunCheckpoint(ModelCheckpoint):
         if self.dirpath is None:
             self.dirpath = str(checkpoint_directory(Path(trainer.default_root_dir)))
         super().setup(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring `last.ckpt` up to the end of the run, whatever the intervals are."""
+        super().on_train_end(trainer, pl_module)
+        if self.save_last and self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 def checkpoint_directory(run: Path) -> Path:

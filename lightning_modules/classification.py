@@ -97,6 +97,8 @@ class ImageClassifier(Method):
         Raises:
             MisconfigurationException: they differ; names both numbers.
         """
+        if stage == "predict":
+            return  # pictures to predict on have no classes of their own
         found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
         if found is not None and found != self.num_classes:
             raise MisconfigurationException(
@@ -172,5 +174,5 @@ class ImageClassifier(Method):
         """`probabilities` (batch, classes) beside the batch's `index`, and its `label` and `path` where
         known.
         """
-        known = {key: batch[key] for key in ("index", "label", "path") if key in batch}
+        known: dict[str, Any] = {key: batch[key] for key in ("index", "label", "path") if key in batch}
         return {"probabilities": self(batch["image"]).float().softmax(dim=-1), **known}

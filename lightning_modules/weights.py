@@ -3,6 +3,7 @@ accounted for.
 """
 
 import pickle
+import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -67,7 +68,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it names {found[1]}" if found else "it is no tensor file"
         raise MisconfigurationException(
             f"'{path}' is refused: it needs pickled code ({reason}), which could run anything. If you trust "
             "its author, "

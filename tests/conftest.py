@@ -1,6 +1,9 @@
 """Fixtures that every test may use: one thread a process, quiet runs, a tiny labelled data set."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -77,3 +80,29 @@ def trainer(tmp_path):
         return Trainer(**{**defaults, **options})
 
     return make
+
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def featherlight(tmp_path):
+    """Run the command in a process of its own, in `tmp_path`; `tests/probes.py` can be imported there."""
+
+    def call(*arguments, status: int | None = 0, cwd: Path = tmp_path) -> subprocess.CompletedProcess:
+        paths = os.pathsep.join(
+            [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
+        )
+        done = subprocess.run(
+            [sys.executable, "-m", "featherlight", *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        if status is not None:
+            assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
+        return done
+
+    return call

@@ -65,7 +65,7 @@ def test_names_of_objectives_are_unique_and_plain():
     module.attach_objective("kd", Quadruple())
     with pytest.raises(MisconfigurationException, match="'kd' is attached already"):
         module.attach_objective("kd", Quadruple())
-    with pytest.raises(MisconfigurationException, match="a.b"):
+    with pytest.raises(MisconfigurationException, match=r"a\.b"):
         module.attach_objective("a.b", Quadruple())
     module.detach_objective("kd")
     assert not list(module.objectives)
@@ -112,7 +112,7 @@ def test_frozen_parameters_stay_out_and_nothing_trainable_is_an_error():
     module.network.requires_grad_(False)
     assert [len(group["params"]) for group in module.configure_optimizers().param_groups] == [1]
     module.w.requires_grad_(False)
-    with pytest.raises(MisconfigurationException, match="Scale has no trainable parameter"):
+    with pytest.raises(MisconfigurationException, match="no trainable parameter"):
         module.configure_optimizers()
 
 
@@ -161,7 +161,7 @@ def test_checkpoints_are_plain_and_objectives_come_and_go(trainer, blob_data, tm
 
 
 def test_a_method_must_say_what_it_computes():
-    with pytest.raises(MisconfigurationException, match="must define `compute"):
+    with pytest.raises(MisconfigurationException, match=r"must define `compute"):
         Method().compute({})
     with pytest.raises(MisconfigurationException, match="must define `losses"):
         Method().losses({}, {})

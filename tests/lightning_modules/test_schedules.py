@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -28,7 +30,7 @@ def test_steps_reach_min_lr_at_the_end_of_the_run():
     found = rates(21, 4, 5, min_lr=0.01)
     assert found[0] == pytest.approx(0.4)
     assert found[20] == pytest.approx(0.01)
-    assert all(a > b for a, b in zip(found[:-1], found[1:], strict=True))
+    assert all(a > b for a, b in pairwise(found))
 
 
 def test_step_decay_and_constant():

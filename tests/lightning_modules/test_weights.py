@@ -52,7 +52,7 @@ def test_the_averaged_weights_on_request():
 
 
 def test_a_missing_file_is_named(network):
-    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         load_weights(network, "nowhere.pth")
 
 

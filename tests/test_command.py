@@ -1,0 +1,171 @@
+"""The command line as a user meets it."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+import featherlight as featherlight_module
+
+RECIPE = {
+    "model": {
+        "class_path": "ImageClassifier",
+        "init_args": {
+            "model": "test_vit",
+            "num_classes": 10,
+            "model_args": {"img_size": 32},
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}},
+        },
+    },
+    "data": {
+        "class_path": "CIFAR100DataModule",
+        "init_args": {
+            "root": "data",
+            "sample": True,
+            "sample_size": 64,
+            "batch_size": 16,
+            "num_workers": 0,
+            "transforms": {"image_size": 32, "train_crop": "pad"},
+        },
+    },
+    "trainer": {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_progress_bar": False},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return "recipe.yaml"
+
+
+def test_help_imports_nothing_heavy():
+    script = (
+        "import sys, featherlight; status = featherlight.main(['--help']);"
+        "assert status == 0; assert not {'torch', 'lightning', 'timm'} & set(sys.modules)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "featherlight {fit,validate,test,predict}" in done.stdout
+    assert time.perf_counter() - start < 3
+
+
+def test_all_four_commands_on_one_recipe(featherlight, recipe, tmp_path):
+    featherlight("fit", "--config", recipe)
+    run = tmp_path / "runs" / "recipe"
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    saved = yaml.safe_load((run / "config_fit.yaml").read_text())
+    assert saved["seed_everything"] == 0
+    assert saved["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.05
+    assert saved["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0.0
+
+    featherlight("validate", "--config", recipe, "--ckpt_path", "auto")
+    assert (run / "results_validate.json").is_file()
+    # the saved configuration is itself a recipe
+    tested = featherlight("test", "--config", run / "config_fit.yaml", "--ckpt_path", "auto")
+    assert "test/top1" in tested.stdout
+    assert (run / "results.json").is_file()
+    featherlight(
+        "predict", "--config", recipe, "--ckpt_path", "auto", "--trainer.callbacks+", "ClassificationWriter"
+    )
+    assert (run / "predictions.csv").read_text().count("\n") == 1 + 16
+    assert (run / "contact_sheet.png").is_file()
+
+
+@pytest.fixture
+def in_process(tmp_path, monkeypatch, capsys):
+    """Run the command in this process, which spares the imports; gives the status and what was printed."""
+
+    def call(*arguments):
+        monkeypatch.chdir(tmp_path)
+        try:
+            status = featherlight_module.main([str(argument) for argument in arguments])
+        except SystemExit as left:
+            status = left.code
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model.init_args.modle", "x"], "modle"),
+        (["--model", "ImageClasifier"], "ImageClasifier"),
+        (["--trainer.epochs", "1"], "trainer.epochs"),
+        (["--model.init_args.label_smoothing", "much"], "label_smoothing"),
+        (["--trainer.callbacks+", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_mistakes_in_options_are_one_message(in_process, recipe, arguments, said):
+    status, printed = in_process("fit", "--config", recipe, *arguments)
+    assert status == 2
+    assert said in printed
+    assert "Traceback" not in printed
+
+
+def test_a_missing_root_says_what_would_fill_it(in_process, recipe):
+    arguments = ["fit", "--config", recipe, "--data.init_args.sample", "false"]
+    status, printed = in_process(*arguments)
+    assert status == 2
+    for part in ("error:", "data/cifar-100-python", "sample: true", "download: true"):
+        assert part in printed
+    with pytest.raises(FileNotFoundError):
+        in_process(*arguments, "--debug")
+
+
+def test_class_counts_that_differ_are_both_named(in_process, recipe):
+    status, printed = in_process("fit", "--config", recipe, "--model.init_args.num_classes", "7")
+    assert status == 2
+    assert "10 classes" in printed
+    assert "num_classes is 7" in printed
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+def test_a_pickled_checkpoint_is_refused_unrun(in_process, recipe, tmp_path):
+    torch.save({"state_dict": {}, "extra": Payload()}, tmp_path / "evil.ckpt")
+    status, printed = in_process("test", "--config", recipe, "--ckpt_path", "evil.ckpt")
+    assert status == 2
+    assert "evil.ckpt' is refused: it needs pickled code" in printed
+    assert "never run" not in printed
+    status, printed = in_process("fit", "--config", recipe, "--model.init_args.weights", "evil.ckpt")
+    assert status == 2
+    assert "convert it once" in printed
+
+
+def test_a_run_that_dies_of_bad_numbers_leaves_a_loadable_checkpoint(featherlight, recipe, tmp_path):
+    arguments = ["fit", "--config", recipe, "--checkpoint.every_n_train_steps", "1"]
+    probe = ["--trainer.callbacks+", "probes.PoisonAt", "--trainer.callbacks.batch", "2"]
+    done = featherlight(*arguments, *probe, status=1)
+    assert "Loss term not finite: ce = nan, at batch 2 of CIFAR100DataModule (data)" in done.stderr
+    last = torch.load(tmp_path / "runs/recipe/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 2
+    assert all(
+        torch.isfinite(value).all() for value in last["state_dict"].values() if value.is_floating_point()
+    )
+
+
+def test_a_later_config_and_the_command_line_override(in_process, recipe, tmp_path):
+    (tmp_path / "more.yaml").write_text("trainer: {max_epochs: 7}\ndata: {init_args: {batch_size: 4}}\n")
+    arguments = [
+        "--config",
+        recipe,
+        "--config",
+        "more.yaml",
+        "--data.init_args.batch_size",
+        "2",
+        "--print_config",
+    ]
+    status, printed = in_process("fit", *arguments)
+    assert status == 0
+    composed = yaml.safe_load(printed)
+    assert composed["trainer"]["max_epochs"] == 7
+    assert composed["data"]["init_args"]["batch_size"] == 2
+    assert composed["data"]["init_args"]["sample_size"] == 64

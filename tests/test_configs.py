@@ -1,0 +1,65 @@
+"""Every file under configs/ must compose and come to life."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+
+import lightning_modules.weights
+from featherlight_cli import make_cli
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+CONTENTS = {path: yaml.safe_load(path.read_text()) for path in FILES}
+DROP_INS = [path for path in FILES if "class_path" in CONTENTS[path]]
+RECIPES = [path for path in FILES if "class_path" in (CONTENTS[path].get("model") or {})]
+OVERLAYS = [path for path in FILES if path not in DROP_INS and path not in RECIPES]
+
+
+def name(path):
+    return str(path.relative_to(CONFIGS))
+
+
+@pytest.fixture(autouse=True)
+def _no_downloads(monkeypatch):
+    """Networks without the weights that only the hub has."""
+    create = timm.create_model
+    monkeypatch.setattr(
+        lightning_modules.weights.timm, "create_model", lambda *a, pretrained=False, **k: create(*a, **k)
+    )
+
+
+def instantiate(*arguments, trainer=True):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return make_cli(list(arguments), run=False, with_trainer=trainer)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_recipes(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli = instantiate("--config", str(path), "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
+    assert cli.model is not None
+    assert cli.datamodule is not None
+    assert cli.trainer.max_epochs or cli.trainer.max_steps
+
+
+@pytest.mark.parametrize("path", DROP_INS, ids=name)
+def test_drop_ins(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = str(CONFIGS / "quickstart.yaml")
+    cli = instantiate("--config", recipe, f"--trainer.callbacks+={path}")
+    wanted = CONTENTS[path]["class_path"].rpartition(".")[2]
+    assert wanted in {type(callback).__name__ for callback in cli.trainer.callbacks}
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=name)
+def test_overlays_keep_to_known_options(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli = instantiate("--config", str(CONFIGS / "quickstart.yaml"), "--config", str(path), trainer=False)
+    for section, options in CONTENTS[path].items():
+        for key, value in options.items():
+            if not isinstance(value, (dict, list)):
+                assert cli.config[section][key] == value
