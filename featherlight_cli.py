@@ -7,7 +7,8 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -80,6 +81,13 @@ class FeatherlightCLI(LightningCLI):
             while cause.__cause__ is not None and not isinstance(cause, USER_ERRORS):
                 cause = cause.__cause__
             raise MisconfigurationException(str(cause)) from error
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        # weight averaging copies the module as it finds it: whatever joins the module must have done so
+        given = config["callbacks"] or []
+        given = given if isinstance(given, list) else [given]
+        config["callbacks"] = sorted(given, key=lambda callback: isinstance(callback, WeightAveraging))
+        return super()._instantiate_trainer(config, callbacks)
 
     @staticmethod
     def _default_directory(config: Any) -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -50,6 +51,7 @@ class ObjectiveCallback(Callback, ABC):
                 f"{type(self).__name__} needs a Method to attach to; {type(pl_module).__name__} is none. "
                 "Derive it from lightning_modules.base.Method."
             )
+        _check_order(trainer, self)
         if self._objective is None:
             self._objective = self.build_objective(trainer, pl_module)
         pl_module.attach_objective(self.name, self._objective)
@@ -58,6 +60,18 @@ class ObjectiveCallback(Callback, ABC):
         """Leave the module as it was found."""
         if stage == "fit" and isinstance(pl_module, Method):
             pl_module.detach_objective(self.name)
+
+
+def _check_order(trainer: Trainer, objective: ObjectiveCallback) -> None:
+    """Weight averaging copies the module in its `setup`: what joins the module later would be missing there."""
+    for callback in getattr(trainer, "callbacks", []):
+        if callback is objective:
+            return
+        if isinstance(callback, WeightAveraging):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} must come after {type(objective).__name__} in the list of callbacks: "
+                "it averages the module as it finds it."
+            )
 
 
 class FrozenNetwork:

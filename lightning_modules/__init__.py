@@ -1,5 +1,6 @@
 """One room a method: networks, losses and the LightningModules that train them."""
 
+from lightning_modules import students  # noqa: F401  (registers swin_nano and swin_pico with timm)
 from lightning_modules.base import Method
 from lightning_modules.classification import ImageClassifier
 from lightning_modules.schedules import WarmupSchedule

@@ -2,6 +2,7 @@
 accounted for.
 """
 
+import argparse
 import pickle
 import re
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import timm
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+
+from lightning_modules.students import from_timm_065
 
 _STATE_KEYS = ("state_dict", "model", "model_state", "net", "params")
 _PREFIXES = ("_orig_mod.", "module.", "network.")
@@ -44,7 +47,7 @@ def build_network(
         model_args["num_classes"] = num_classes
     network = timm.create_model(name, pretrained=weights == "pretrained", **model_args)
     if weights is not None and weights != "pretrained":
-        load_weights(network, weights)
+        load_weights(network, weights, from_timm_065)
     return network
 
 
@@ -66,7 +69,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
         return load_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its options: plain data
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it names {found[1]}" if found else "it is no tensor file"

@@ -86,3 +86,11 @@ def test_taps_keep_the_first_output_and_go():
     assert not taps.outputs
     with pytest.raises(ValueError, match="feature taps: the pattern '7'"):
         FeatureTaps(network, ["7"])
+
+
+def test_averaging_must_come_after_what_joins_the_module(trainer, blob_data):
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    with pytest.raises(MisconfigurationException, match="EMAWeightAveraging must come after NormCallback"):
+        trainer(callbacks=[EMAWeightAveraging(), NormCallback("x")]).fit(tiny(), datamodule=blob_data())
+    trainer(callbacks=[NormCallback("x"), EMAWeightAveraging()]).fit(tiny(), datamodule=blob_data())

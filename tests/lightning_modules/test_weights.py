@@ -1,3 +1,4 @@
+import argparse
 import pickle
 
 import pytest
@@ -28,7 +29,7 @@ def test_checkpoints_of_every_origin_load(tmp_path, network, wrap):
     state = network.state_dict()
     checkpoint = {
         "bare": state,
-        "timm": {"state_dict": state, "arch": "test_resnet", "epoch": 3},
+        "timm": {"state_dict": state, "arch": "test_resnet", "args": argparse.Namespace(lr=0.1)},
         "ddp": {"model": {f"module.{key}": value for key, value in state.items()}},
         "ema_only_ignored": {"state_dict": state, "state_dict_ema": {}},
         "ours": {

@@ -47,7 +47,10 @@ def recorded_outputs(case: dict) -> dict[str, torch.Tensor]:
 def pairs_of(matches, layer: int, images: int) -> list[list[list[int]]]:
     here = matches.layer == layer
     return [
-        [matches.query[here & (matches.image == i)].tolist(), matches.object[here & (matches.image == i)].tolist()]
+        [
+            matches.query[here & (matches.image == i)].tolist(),
+            matches.object[here & (matches.image == i)].tolist(),
+        ]
         for i in range(images)
     ]
 
@@ -91,10 +94,13 @@ def test_decoplus_criterion_is_the_recorded_one(name, golden, agrees):
     agrees(outputs["boxes"].grad, case["grad_boxes"], 1e-5, 1e-6)
 
 
-@pytest.mark.parametrize(("name", "sizes", "ids"), [
-    ("deco_postprocess", "sizes_hw", None),
-    ("decoplus_postprocess", "sizes_wh", torch.tensor(COCO_IDS)),
-])
+@pytest.mark.parametrize(
+    ("name", "sizes", "ids"),
+    [
+        ("deco_postprocess", "sizes_hw", None),
+        ("decoplus_postprocess", "sizes_wh", torch.tensor(COCO_IDS)),
+    ],
+)
 def test_detections_are_the_recorded_ones(name, sizes, ids, golden):
     case = golden[name]
     images, queries, classes = len(case[sizes]), case["num_queries"], case["num_classes"]
@@ -135,12 +141,15 @@ def test_closed_forms_of_the_losses():
     assert yes - no == pytest.approx(math.log(2) - 0.75 * 0.25 * math.log(2), rel=1e-2)
 
 
-@pytest.mark.parametrize(("second", "iou", "giou"), [
-    ([0, 0, 1, 1], 1.0, 1.0),
-    ([1, 0, 2, 1], 0.0, 0.0),
-    ([2, 0, 3, 1], 0.0, -1 / 3),
-    ([0, 0, 2, 1], 0.5, 0.5),
-])
+@pytest.mark.parametrize(
+    ("second", "iou", "giou"),
+    [
+        ([0, 0, 1, 1], 1.0, 1.0),
+        ([1, 0, 2, 1], 0.0, 0.0),
+        ([2, 0, 3, 1], 0.0, -1 / 3),
+        ([0, 0, 2, 1], 0.5, 0.5),
+    ],
+)
 def test_iou_of_squares(second, iou, giou):
     found = iou_and_giou(torch.tensor([0.0, 0, 1, 1]), torch.tensor(second, dtype=torch.float32))
     assert [value.item() for value in found] == pytest.approx([iou, giou], abs=1e-6)
@@ -192,7 +201,9 @@ def test_padded_objects_never_match_and_the_order_of_objects_is_nothing():
 
 def test_more_objects_than_queries_match_all_queries():
     generator = torch.Generator().manual_seed(1)
-    targets = pad_targets([torch.zeros(9, dtype=torch.int64)], [torch.rand(9, 4, generator=generator) + 0.1], 2)
+    targets = pad_targets(
+        [torch.zeros(9, dtype=torch.int64)], [torch.rand(9, 4, generator=generator) + 0.1], 2
+    )
     outputs = {
         "logits": torch.randn(1, 4, 2, generator=generator),
         "boxes": torch.rand(1, 4, 4, generator=generator),

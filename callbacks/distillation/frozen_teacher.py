@@ -1,0 +1,164 @@
+"""The frozen teacher: how it is built, what it sees, and what it answers."""
+
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from timm.data.config import resolve_data_config
+from torch import Tensor, nn
+
+from callbacks.distillation.functional import full_precision
+from callbacks.distillation.taps import Features, NetworkTaps
+from callbacks.objective import FrozenNetwork
+from lightning_modules.finite import FiniteGuard
+from lightning_modules.students import from_timm_065
+from lightning_modules.weights import build_network, load_weights, read_checkpoint
+
+
+class FrozenTeacher(FrozenNetwork):
+    """A teacher, outside of every module tree, that answers each batch once however many criteria ask.
+
+    Args:
+        network: gives logits (B, K) for normalised images (B, 3, H, W).
+        name: of the architecture, for messages and checkpoints.
+        taps: module paths of its four stage ends; None finds them.
+        statistics: (mean, std) of its own normalisation, three numbers each; None feeds it what the student
+            sees.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        name: str,
+        taps: list[str] | None = None,
+        statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    ) -> None:
+        super().__init__(network)
+        self.name = name
+        self.taps = NetworkTaps(network, taps, f"teacher {name}")
+        self.digest = weights_digest(network)
+        self._finite = FiniteGuard()
+        self._statistics = statistics
+        self._images: Tensor | None = None
+        self._features: Features | None = None
+
+    def features(self, images: Tensor, normalize: Callable[[Tensor], Tensor]) -> Features:
+        """What the teacher says of a batch; the same batch asked again is not computed again.
+
+        The forward pass runs in inference mode under the run's autocast. The features handed out are copies
+        that autograd may save.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            normalize: what the student does to them; not called for a teacher with statistics of its own.
+        """
+        if self._images is images and self._features is not None:
+            return self._features
+        with torch.inference_mode():
+            raw = self(self._normalize(images) if self._statistics else normalize(images))
+        found = self.taps.collect(raw)
+        penultimate = None if found.penultimate is None else found.penultimate.clone()
+        stages = {stage: feature.clone() for stage, feature in found.stages.items()}
+        self._features = Features(full_precision(found.logits.clone()), stages, penultimate)
+        self._images = images
+        self._finite.watch({"logits": self._features.logits.abs().max()}, 0, self.name)
+        return self._features
+
+    def verify(self, step: int) -> None:
+        """Refuse the last logits if they are not finite; the device is waited for only now.
+
+        Raises:
+            RuntimeError: names the teacher and the step.
+        """
+        try:
+            self._finite.verify()
+        except RuntimeError as error:
+            raise RuntimeError(f"The teacher {self.name} gave non-finite logits at step {step}.") from error
+
+    def forget(self) -> None:
+        """Release the last batch and its features."""
+        self._images = self._features = None
+        self.taps.forget()
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        assert self._statistics is not None
+        mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in self._statistics)
+        return (images - mean) / std
+
+
+def build_teacher(
+    teacher: str | nn.Module | None,
+    weights: str | Path | None,
+    teacher_args: dict[str, Any],
+    num_classes: int,
+    role: str = "DistillationTeacher",
+) -> tuple[nn.Module, str]:
+    """The teacher's network and the name of its architecture.
+
+    Args:
+        teacher: timm name, network, or None where `weights` is a checkpoint of ours.
+        weights: `pretrained`, a file, or None.
+        teacher_args: further arguments of timm's model.
+        num_classes: of the student; a teacher with a file of its own classes must agree.
+        role: who asks, for messages.
+
+    Raises:
+        ValueError: there is nothing to build the teacher from, or timm has no such model.
+        MisconfigurationException: keys or shapes of the file do not fit; the first are listed.
+    """
+    file = None if weights in (None, "pretrained") else Path(str(weights))
+    if isinstance(teacher, nn.Module):
+        if file is not None:
+            load_weights(teacher, file, from_timm_065)
+        return teacher, type(teacher).__name__
+    if teacher is None:
+        return _from_our_checkpoint(file, teacher_args, role)
+    if weights == "pretrained":
+        return build_network(teacher, "pretrained", None, **teacher_args), teacher
+    network = build_network(teacher, None, num_classes, **teacher_args)
+    if file is None:
+        rank_zero_warn(f"{role}: {teacher} has random weights, as `weights` is null.")
+    else:
+        load_weights(network, file, from_timm_065)
+    return network, teacher
+
+
+def _from_our_checkpoint(file: Path | None, teacher_args: dict[str, Any], role: str) -> tuple[nn.Module, str]:
+    if file is None:
+        raise ValueError(f"{role}: name a network, or give `weights` that are a checkpoint of Featherlight.")
+    parameters = read_checkpoint(file).get("hyper_parameters") or {}
+    if "model" not in parameters:
+        raise ValueError(f"{role}: '{file}' does not say what model it is of; name the network too.")
+    model_args = {**(parameters.get("model_args") or {}), **teacher_args}
+    statistics = {key: tuple(parameters[key]) for key in ("mean", "std") if parameters.get(key)}
+    if statistics:  # what it was trained with counts, not what timm says of its architecture
+        model_args["pretrained_cfg_overlay"] = statistics
+    network = build_network(parameters["model"], None, parameters.get("num_classes"), **model_args)
+    load_weights(network, file)
+    return network, parameters["model"]
+
+
+def own_statistics(network: nn.Module, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that a timm network was trained with.
+
+    Raises:
+        ValueError: it is no timm network.
+    """
+    if not getattr(network, "pretrained_cfg", None):
+        raise ValueError(
+            f"renormalize_for_teacher: the teacher {name} does not say what normalisation it is used to."
+        )
+    config = resolve_data_config(model=network)
+    return tuple(config["mean"]), tuple(config["std"])
+
+
+def weights_digest(network: nn.Module) -> str:
+    """A short hash of all parameters and buffers, by name and content."""
+    digest = blake2b(digest_size=8)
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,89 @@
+import os
+import socket
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("two_ranks.py")
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = spec_from_file_location("two_ranks", SCRIPT)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    """What two processes saved, by rank."""
+    out = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    shared |= {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(out)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_gathering_and_its_gradient(ranks):
+    for rank, states in enumerate(ranks):
+        assert states["gather"]["all"][:, 0].tolist() == [0, 0, 1, 1]
+        # both ranks hold the same loss: their gradients add up, and DDP's mean divides them again
+        assert states["gather"]["grad"][:, 0].tolist() == [2 * (2 * rank), 2 * (2 * rank + 1)]
+
+
+@pytest.mark.parametrize("name", ["rkd", "cc", "dist"])
+def test_two_ranks_train_as_one_with_the_global_batch(name, ranks, script, tmp_path):
+    alone = script.distil(script.criteria()[name], 1, tmp_path)
+    for states in ranks:
+        assert set(states[name]) == set(alone)
+        for key, value in alone.items():
+            torch.testing.assert_close(states[name][key], value, rtol=1e-8, atol=1e-10)
+
+
+def test_crd_banks_are_equal_on_all_ranks_and_hold_every_ranks_updates(ranks):
+    first, second = (states["crd"] for states in ranks)
+    prefix = "objectives.crd.criteria.crd."
+    assert prefix + "contrast.memory_v1" in first
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    for bank in ("memory_v1", "memory_v2"):
+        entries = first[f"{prefix}contrast.{bank}"]
+        # unlike the first entries, updated ones have unit norm: every sample was seen by one of the ranks
+        torch.testing.assert_close(entries.norm(dim=1), torch.ones(len(entries)).double())
+    assert first[prefix + "contrast.labels"].tolist() == [index % 4 for index in range(16)]
+    assert (first[prefix + "contrast.params"][2:4] > 0).all()
+    assert (ranks[1]["synchronised"]["memory_v2"] == 0).all()  # as rank 0 has it
