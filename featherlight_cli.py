@@ -15,9 +15,9 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import callbacks  # noqa: F401  (its classes get their short names by being imported)
-import datamodules  # noqa: F401
-import lightning_modules  # noqa: F401
+import callbacks as _callbacks  # noqa: F401  (its classes get their short names by being imported)
+import datamodules as _datamodules  # noqa: F401
+import lightning_modules as _lightning_modules  # noqa: F401
 from callbacks.checkpointing import AtomicCheckpointIO, RunCheckpoint, newest_loadable
 from callbacks.preemption import Preemption
 from callbacks.results import Results, run_directory

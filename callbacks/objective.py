@@ -63,14 +63,14 @@ class ObjectiveCallback(Callback, ABC):
 
 
 def _check_order(trainer: Trainer, objective: ObjectiveCallback) -> None:
-    """Weight averaging copies the module in its `setup`: what joins the module later would be missing there."""
+    """Weight averaging copies the module in its `setup`: what joins it later would be missing there."""
     for callback in getattr(trainer, "callbacks", []):
         if callback is objective:
             return
         if isinstance(callback, WeightAveraging):
             raise MisconfigurationException(
-                f"{type(callback).__name__} must come after {type(objective).__name__} in the list of callbacks: "
-                "it averages the module as it finds it."
+                f"{type(callback).__name__} must come after {type(objective).__name__} in the list of "
+                "callbacks: it averages the module as it finds it."
             )
 
 

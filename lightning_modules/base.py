@@ -33,8 +33,8 @@ class Method(LightningModule):
     draws the numbers that the uninterrupted one would have drawn.
 
     Args:
-        optimizer: any torch or timm optimiser class with its arguments; None is AdamW at 1e-3. (A class as the
-            default would pass its arguments on to the class that a user chooses on the command line.)
+        optimizer: any torch or timm optimiser class with its arguments; None is AdamW at 1e-3. (A class as
+            the default would pass its arguments on to the class that a user chooses on the command line.)
         lr_scheduler: any torch scheduler, or `WarmupSchedule` for timm's; None keeps the rate constant.
         lr_interval: when a torch scheduler steps (`WarmupSchedule` says so itself).
         lr_multipliers: `{glob over parameter names: factor of the learning rate}`; the last glob that

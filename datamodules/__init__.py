@@ -1,0 +1,29 @@
+"""Data sets as Lightning DataModules, each in the layout that is really published."""
+
+from datamodules.base import DataModule, TransformImage, VisionDataModule
+from datamodules.cifar100 import CIFAR100DataModule
+from datamodules.imagenet import ImageFolderDataModule, ImageNetDataModule
+from datamodules.images import ImagesDataModule
+from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, hash_seed
+from datamodules.reading import CorruptSampleError, read_image
+from datamodules.resuming import ExactResume
+from datamodules.transforms import PINNED, ImageTransforms
+
+__all__ = [
+    "PINNED",
+    "CIFAR100DataModule",
+    "CorruptSampleError",
+    "DataModule",
+    "EpochSampler",
+    "ExactResume",
+    "ImageFolderDataModule",
+    "ImageNetDataModule",
+    "ImageTransforms",
+    "ImagesDataModule",
+    "ResumableLoader",
+    "SeededDataset",
+    "TransformImage",
+    "VisionDataModule",
+    "hash_seed",
+    "read_image",
+]

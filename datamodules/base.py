@@ -1,0 +1,279 @@
+"""What all data modules share: where the data is, how it is loaded, and what happens when it is not there."""
+
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import Dataset, default_collate
+
+from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, collate_images, default_ranks
+from datamodules.reading import OnError, SkipCounter, SkippingDataset
+from datamodules.transforms import ImageTransforms
+
+log = logging.getLogger(__name__)
+
+Split = Literal["train", "val", "test", "predict"]
+
+SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+"""Strategies whose forward pass is a collective, so that all ranks must run equally many batches."""
+
+
+class DataModule(LightningDataModule):
+    """Reproducible, resumable loaders over the data in ``root``.
+
+    A family subclasses it, says its ``layout``, fills ``datasets`` in ``setup`` and overrides
+    ``write_sample`` and, where a licence allows it, ``fetch``.
+
+    Args:
+        root: folder of the data; the class says which layout is expected there.
+        batch_size: samples of a training batch, on each device.
+        eval_batch_size: samples of a batch elsewhere; null: as ``batch_size``.
+        num_workers: processes that read, for each loader; 0 reads in the training process.
+        seed: of order and augmentation; null: the run's ``seed_everything``.
+        pin_memory: read into page-locked memory, where there is a CUDA device.
+        persistent_workers: keep the processes from one epoch to the next.
+        drop_last: leave an incomplete last training batch out (the ranks' leftovers, too); otherwise the
+            ranks are filled up with repeated samples.
+        sample: write a small procedural data set in this family's own format into ``root``, unless it is
+            there.
+        download: fetch the data into ``root``, unless it is there; not all licences allow it.
+        on_error: "raise" stops at a sample that cannot be read, "skip" takes the next one and logs how often.
+        repeats: repeated augmentation: each image comes this many times in a row, and an epoch keeps its
+            length.
+
+    Raises:
+        MisconfigurationException: for ``download`` of a family that cannot be downloaded, or ``sample`` of
+            one without a sample.
+    """
+
+    layout: ClassVar[str] = ""
+    """What is expected under ``root``, for people."""
+
+    def __init__(
+        self,
+        root: Path = Path("data"),
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int = 2,
+        seed: int | None = None,
+        pin_memory: bool = True,
+        persistent_workers: bool = True,
+        drop_last: bool = True,
+        sample: bool = False,
+        download: bool = False,
+        on_error: OnError = "raise",
+        repeats: int = 1,
+    ) -> None:
+        super().__init__()
+        for option, method, wanted in (("sample", "write_sample", sample), ("download", "fetch", download)):
+            if wanted and not self._overrides(method):
+                raise MisconfigurationException(
+                    f"{type(self).__name__} has no {option}: set {option}: false."
+                )
+        if sample and download:
+            raise MisconfigurationException("sample: true and download: true exclude each other.")
+        if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
+            raise ValueError(f"batch sizes must be positive, got {batch_size} and {eval_batch_size}.")
+        self.root = Path(root).expanduser()
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.pin_memory = pin_memory
+        self.persistent_workers = persistent_workers
+        self.drop_last = drop_last
+        self.sample = sample
+        self.download = download
+        self.on_error: OnError = on_error
+        self.repeats = repeats
+        self.datasets: dict[Split, Dataset[Any]] = {}
+
+    # what a family provides
+
+    def write_sample(self) -> None:
+        """Writes the procedural sample into ``root``; leaves what is there already."""
+
+    def fetch(self) -> None:
+        """Downloads the data into ``root``; leaves what is there already."""
+
+    def transform(self, split: Split) -> Callable[[Any], Any] | None:
+        """From a raw sample of ``split`` to what batches are made of."""
+        return None
+
+    def collation(self) -> Callable[[list[Any]], Any]:
+        """The function that makes a batch of a list of transformed samples."""
+        return default_collate
+
+    # what Lightning calls
+
+    def prepare_data(self) -> None:
+        """Fills ``root``, as ``sample`` or ``download`` say."""
+        if self.sample:
+            self.write_sample()
+        elif self.download:
+            self.fetch()
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled batches of ``datasets["train"]``."""
+        return self.loader("train")
+
+    def val_dataloader(self) -> ResumableLoader:
+        """Batches of ``datasets["val"]``, each sample once."""
+        return self.loader("val")
+
+    def test_dataloader(self) -> ResumableLoader:
+        """Batches of ``datasets["test"]``, each sample once."""
+        return self.loader("test")
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """Batches of ``datasets["predict"]``, each sample once."""
+        return self.loader("predict")
+
+    # what they are made of
+
+    @property
+    def run_seed(self) -> int:
+        """``seed``, or that of ``seed_everything``, or 0."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
+
+    def loader(self, split: Split) -> ResumableLoader:
+        """The loader of a split."""
+        dataset, epoch_end = self._dataset(split), None
+        train = split == "train"
+        if self.on_error == "skip":
+            counter = SkipCounter(self.num_workers)
+            dataset = SkippingDataset(dataset, counter)
+            epoch_end = partial(counter.report, f"{type(self).__name__}, {split}")
+        seeded = SeededDataset(dataset, self.run_seed if train else None, self.transform(split))
+        return ResumableLoader(
+            seeded,
+            sampler=self._sampler(seeded, split),
+            batch_size=self.batch_size if train else self.eval_batch_size or self.batch_size,
+            drop_last=train and self.drop_last,
+            collate_fn=self.collation(),
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory and torch.cuda.is_available(),
+            persistent_workers=self.persistent_workers and self.num_workers > 0,
+            epoch_end=epoch_end,
+        )
+
+    def _dataset(self, split: Split) -> Dataset[Any]:
+        if split not in self.datasets:
+            raise MisconfigurationException(f"{type(self).__name__} has no {split} data.")
+        return self.datasets[split]
+
+    def _sampler(self, dataset: SeededDataset, split: Split) -> EpochSampler:
+        rank, world = self._ranks()
+        if split == "train":
+            tail: Literal["repeat", "drop", "keep"] = "drop" if self.drop_last else "repeat"
+            return EpochSampler(
+                dataset, seed=self.run_seed, tail=tail, repeats=self.repeats, rank=rank, num_replicas=world
+            )
+        tail = "repeat" if self._equal_batches(split, len(dataset), world) else "keep"
+        return EpochSampler(dataset, shuffle=False, tail=tail, rank=rank, num_replicas=world)
+
+    def _ranks(self) -> tuple[int, int]:
+        """Rank and number of ranks that split the data; under tensor parallelism some ranks share theirs."""
+        sharing = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return (sharing["rank"], sharing["num_replicas"]) if sharing else default_ranks()
+
+    def _equal_batches(self, split: Split, length: int, world: int) -> bool:
+        strategy = "" if self.trainer is None else type(self.trainer.strategy).__name__
+        if length % world == 0 or (strategy not in SHARDED_STRATEGIES and length >= world):
+            return False
+        if default_ranks()[0] == 0:
+            log.warning(
+                "%s: %d places in the %s batches are filled with repeated samples, as all %d ranks%s need "
+                "equally many batches.",
+                *(type(self).__name__, -length % world, split, world, f" of {strategy}" * bool(strategy)),
+            )
+        return True
+
+    def _overrides(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(DataModule, method)
+
+    def require(self, path: Path) -> None:
+        """Makes sure that ``path`` exists.
+
+        Raises:
+            FileNotFoundError: naming the path, the layout that is expected, and what would fill ``root``.
+        """
+        if path.exists():
+            return
+        remedies = [
+            f"{option}: true would {deed}"
+            for option, method, deed in (
+                ("sample", "write_sample", "write a small procedural data set there"),
+                ("download", "fetch", "fetch the data"),
+            )
+            if self._overrides(method)
+        ]
+        raise FileNotFoundError(
+            f"{type(self).__name__}: {path} does not exist. Expected under root={self.root}: {self.layout}. "
+            f"Set root to where that is{'; ' if remedies else ''}{', or '.join(remedies)}."
+        )
+
+
+class TransformImage:
+    """Applies an image transform to the "image" of a sample."""
+
+    def __init__(self, transform: Callable[[Any], Any]) -> None:
+        self.transform = transform
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """The sample with the new image."""
+        return {**sample, "image": self.transform(sample["image"])}
+
+
+class VisionDataModule(DataModule):
+    """Images with one label each.
+
+    Batches are dicts: "image" float32 (B, 3, H, W) in [0, 1], not normalised; "label" int64 (B,); "index"
+    int64 (B,), the position in the data set; where the images are files, predictions also get "path", a list
+    of B strings.
+
+    Args:
+        transforms: crops and augmentation.
+        sample_size: number of training images that ``sample: true`` writes; a quarter as many to evaluate on.
+        sample_classes: number of classes that it writes, at most 100.
+        options: of ``DataModule``.
+    """
+
+    def __init__(
+        self,
+        transforms: ImageTransforms = ImageTransforms(),
+        sample_size: int = 2000,
+        sample_classes: int = 10,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if not 1 < sample_classes <= 100:
+            raise ValueError(f"sample_classes must be between 2 and 100, got {sample_classes}.")
+        self.transforms = transforms
+        self.sample_size = sample_size
+        self.sample_classes = sample_classes
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in the order of their labels; known before ``setup`` where that is cheap."""
+        raise MisconfigurationException(f"{type(self).__name__} has no classes.")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; known before ``setup``."""
+        return len(self.class_names)
+
+    def transform(self, split: Split) -> Callable[[Any], Any]:
+        """The image transform of training or of evaluation."""
+        chosen = self.transforms.train() if split == "train" else self.transforms.evaluation()
+        return TransformImage(chosen)
+
+    def collation(self) -> Callable[[list[Any]], Any]:
+        """Makes batches with float32 images."""
+        return collate_images

@@ -1,0 +1,216 @@
+"""Folders of images, one for each class; ImageNet is one of them."""
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from datamodules.base import Split, VisionDataModule
+from datamodules.reading import IMAGE_SUFFIXES, read_image
+from datamodules.samples.drawing import class_name
+from datamodules.samples.imagenet import write_image_folders
+from datamodules.samples.writing import is_sample
+
+log = logging.getLogger(__name__)
+
+
+def list_images(folder: Path) -> list[str]:
+    """Sorted names of the image files in a folder, by their suffix; hidden ones are left out."""
+    with os.scandir(folder) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if not entry.name.startswith(".") and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
+        )
+
+
+def list_classes(folder: Path) -> list[str]:
+    """Sorted names of the folders in a folder; hidden ones are left out."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+class ImageFileDataset(Dataset[dict[str, Any]]):
+    """Image files, read when asked for.
+
+    The names are kept as one array, as reading a list of millions of strings in a worker process copies all
+    of it.
+
+    Args:
+        folder: that the names are relative to.
+        names: of the files.
+        labels: of the files; None: samples have none.
+        with_path: add "path" to the samples.
+    """
+
+    def __init__(
+        self, folder: Path, names: list[str], labels: list[int] | None = None, with_path: bool = False
+    ) -> None:
+        self.folder = folder
+        self.names = np.array([os.fsencode(name) for name in names])
+        self.labels = None if labels is None else np.array(labels, np.int64)
+        self.with_path = with_path
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = os.path.join(self.folder, os.fsdecode(self.names[index]))
+        sample: dict[str, Any] = {"image": read_image(path), "index": index}
+        if self.labels is not None:
+            sample["label"] = int(self.labels[index])
+        if self.with_path:
+            sample["path"] = path
+        return sample
+
+
+class ImageFolderDataModule(VisionDataModule):
+    """Any data set in the layout ``<root>/{train,val,test}/<class>/<image>``.
+
+    Labels are the positions of the sorted names of the training folders. Without a test folder the validation
+    images are tested, and the other way round.
+
+    Args:
+        train_dir: name of the training folder.
+        val_dir: name of the validation folder.
+        test_dir: name of the test folder.
+        options: of ``VisionDataModule``.
+
+    Raises:
+        ValueError: in ``setup``, for a class folder that training lacks, or a split without images.
+    """
+
+    layout: ClassVar[str] = "train/<class>/*.jpg and val/<class>/*.jpg (or test/), any image format"
+
+    def __init__(
+        self, train_dir: str = "train", val_dir: str = "val", test_dir: str = "test", **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.train_dir = train_dir
+        self.val_dir = val_dir
+        self.test_dir = test_dir
+        self._class_names: list[str] | None = None
+
+    @property
+    def class_names(self) -> list[str]:
+        """The sorted names of the training folders; of the evaluation folders where there is no training
+        data.
+        """
+        if self._class_names is None:
+            folders = [self.root / name for name in (self.train_dir, self.val_dir, self.test_dir)]
+            existing = [folder for folder in folders if folder.is_dir()]
+            if not existing and self.sample:
+                return self._sample_names()
+            self.require(folders[0] if not existing else existing[0])
+            self._class_names = list_classes(existing[0])
+            self._check_classes(existing[0], self._class_names)
+        return self._class_names
+
+    def write_sample(self) -> None:
+        """Writes the procedural sample as class folders of JPEG files."""
+        write_image_folders(self.root, self.sample_size, self.sample_classes)
+
+    def setup(self, stage: str) -> None:
+        """Lists the files of the splits of ``stage`` ("fit", "validate", "test" or "predict")."""
+        if stage == "fit":
+            self.datasets["train"] = self._listed("train", self.root / self.train_dir)
+        if stage in ("fit", "validate"):
+            self.datasets["val"] = self._listed("val", self._first_folder("val", self.val_dir, self.test_dir))
+        elif stage in ("test", "predict"):
+            split: Split = "test" if stage == "test" else "predict"
+            self.datasets[split] = self._listed(
+                split, self._first_folder("test", self.test_dir, self.val_dir)
+            )
+
+    def _sample_names(self) -> list[str]:
+        return sorted(class_name(label) for label in range(self.sample_classes))
+
+    def _first_folder(self, split: str, wanted: str, other: str) -> Path:
+        if not (self.root / wanted).is_dir() and (self.root / other).is_dir():
+            log.info("%s has no folder %s: %s is used as %s data.", self.root, wanted, other, split)
+            return self.root / other
+        return self.root / wanted
+
+    def _listed(self, split: Split, folder: Path) -> ImageFileDataset:
+        self.require(folder)
+        names, labels, empty = [], [], []
+        labels_of = {name: label for label, name in enumerate(self.class_names)}
+        found = list_classes(folder)
+        unknown = [name for name in found if name not in labels_of]
+        if unknown:
+            raise ValueError(
+                f"{folder} has class folders that {self.root / self.train_dir} lacks: {_some(unknown)}."
+            )
+        for name in found:
+            files = list_images(folder / name)
+            if not files:
+                empty.append(name)
+            names += [f"{name}/{file}" for file in files]
+            labels += [labels_of[name]] * len(files)
+        if empty and split == "train":
+            raise ValueError(f"{folder} has class folders without an image: {_some(empty)}.")
+        if not names:
+            loose = list_images(folder)
+            hint = f" ({len(loose)} images lie in it unsorted; each class needs a folder)" if loose else ""
+            raise ValueError(f"{folder} has no images in class folders{hint}. Expected: {self.layout}.")
+        return ImageFileDataset(folder, names, labels, with_path=split == "predict")
+
+    def _check_classes(self, folder: Path, names: list[str]) -> None:
+        """Whether the class folders look right; any do here, as long as there are some."""
+        if not names:
+            raise ValueError(
+                f"{folder} has no class folders. Expected under root={self.root}: {self.layout}."
+            )
+
+
+class ImageNetDataModule(ImageFolderDataModule):
+    """ImageNet-1K: ``<root>/{train,val}/n########/*.JPEG``, with the validation images sorted into class
+    folders.
+
+    The class id is the position of the sorted WordNet id, as everywhere.
+
+    Args:
+        options: of ``ImageFolderDataModule``.
+
+    Raises:
+        ValueError: for folders that are no WordNet ids, or another number of them than 1000, except in a
+            sample.
+    """
+
+    layout: ClassVar[str] = "train/n########/*.JPEG (1000 folders) and val/n########/*.JPEG"
+
+    @property
+    def num_classes(self) -> int:
+        """1000, except in a sample."""
+        if self._class_names is None and not self.sample and not self.root.is_dir():
+            return 1000
+        return len(self.class_names)
+
+    def write_sample(self) -> None:
+        """Writes the procedural sample with class folders that are named like ImageNet's."""
+        write_image_folders(self.root, self.sample_size, self.sample_classes, wnids=True)
+
+    def _sample_names(self) -> list[str]:
+        return [f"n{90_000_000 + label}" for label in range(self.sample_classes)]
+
+    def _check_classes(self, folder: Path, names: list[str]) -> None:
+        super()._check_classes(folder, names)
+        odd = [name for name in names if not re.fullmatch(r"n\d{8}", name)]
+        if odd:
+            raise ValueError(
+                f"{folder} has folders that are no WordNet ids (n and eight digits): {_some(odd)}. "
+                "ImageFolderDataModule reads class folders of any name."
+            )
+        if len(names) != 1000 and not is_sample(self.root):
+            raise ValueError(
+                f"{folder} has {len(names)} class folders, ImageNet-1K has 1000. "
+                "ImageFolderDataModule reads any number of them."
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

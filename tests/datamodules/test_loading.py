@@ -1,0 +1,299 @@
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset, IterableDataset, default_collate
+
+from datamodules.loading import (
+    EpochSampler,
+    ResumableLoader,
+    SeededDataset,
+    collate_images,
+    hash_seed,
+    kept_generators,
+    seed_generators,
+)
+
+
+class Numbers(Dataset):
+    """Sample i is i; counts what was read."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.reads: list[int] = []
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict:
+        self.reads.append(index)
+        return {"index": index}
+
+
+def noisy(sample: dict) -> dict:
+    return {**sample, "python": random.random(), "numpy": np.random.rand(), "torch": torch.rand(()).item()}  # noqa: NPY002
+
+
+def keys(**options) -> list[tuple[int, ...]]:
+    sampler = EpochSampler(range(options.pop("length", 10)), **options)
+    sampler.set_epoch(options.get("epoch", 0))
+    return list(sampler)
+
+
+def indices(sampler: EpochSampler) -> list[int]:
+    return [key[1] for key in sampler]
+
+
+def loader(length: int = 22, batch_size: int = 4, **options) -> ResumableLoader:
+    dataset = SeededDataset(Numbers(length), 5, noisy)
+    return ResumableLoader(dataset, batch_size=batch_size, sampler=EpochSampler(dataset, seed=5), **options)
+
+
+def batches(resumable: ResumableLoader, epoch: int) -> list[list[int]]:
+    resumable.sampler.set_epoch(epoch)
+    return [batch["index"].tolist() for batch in resumable]
+
+
+# seeds
+
+
+def test_hash_seed_is_stable_and_spreads():
+    assert hash_seed(1, 2, 3) == 3034334815109854690
+    seeds = {hash_seed(seed, epoch, index) for seed in range(5) for epoch in range(5) for index in range(50)}
+    assert len(seeds) == 1250
+    assert hash_seed(1, 23) != hash_seed(12, 3)
+
+
+def test_kept_generators_restores_all_three():
+    seed_generators(3)
+    expected = noisy({})
+    seed_generators(3)
+    with kept_generators():
+        seed_generators(99)
+        noisy({})
+    assert noisy({}) == expected
+
+
+# the sampler
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    sampler = EpochSampler(range(50), seed=1)
+    first = indices(sampler)
+    assert sorted(first) == list(range(50))
+    sampler.set_epoch(1)
+    second = indices(sampler)
+    assert second != first
+    assert sorted(second) == list(range(50))
+    again = EpochSampler(range(50), seed=1)
+    assert indices(again) == first == indices(again)
+    assert indices(EpochSampler(range(50), seed=2)) != first
+
+
+def test_keys_hold_the_epoch():
+    sampler = EpochSampler(range(3), shuffle=False)
+    sampler.set_epoch(7)
+    assert list(sampler) == [(7, 0), (7, 1), (7, 2)]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_together_see_the_global_batches_of_one_process(world):
+    per_rank = 2
+    single = list(EpochSampler(range(24), seed=4))
+    ranks = [list(EpochSampler(range(24), seed=4, rank=r, num_replicas=world)) for r in range(world)]
+    for step in range(24 // (per_rank * world)):
+        part = slice(step * per_rank, (step + 1) * per_rank)
+        together = [key for rank in ranks for key in rank[part]]
+        assert sorted(together) == sorted(single[step * per_rank * world : (step + 1) * per_rank * world])
+
+
+@pytest.mark.parametrize(
+    ("tail", "counts"), [("repeat", [4, 4, 4]), ("drop", [3, 3, 3]), ("keep", [4, 3, 3])], ids=str
+)
+def test_tails(tail, counts):
+    ranks = [EpochSampler(range(10), tail=tail, rank=r, num_replicas=3) for r in range(3)]
+    assert [len(rank) for rank in ranks] == [len(list(rank)) for rank in ranks] == counts
+    seen = Counter(index for rank in ranks for index in indices(rank))
+    assert max(seen.values()) == (2 if tail == "repeat" else 1)
+    assert len(seen) == (9 if tail == "drop" else 10)
+
+
+def test_more_ranks_than_samples():
+    ranks = [indices(EpochSampler(range(2), rank=r, num_replicas=5, shuffle=False)) for r in range(5)]
+    assert ranks == [[0], [1], [0], [1], [0]]
+    assert indices(EpochSampler(range(2), rank=3, num_replicas=5, tail="keep")) == []
+
+
+def test_repeats_follow_each_other_and_keep_the_length():
+    repeated = list(EpochSampler(range(10), seed=1, repeats=3))
+    assert len(repeated) == 10
+    order = indices(EpochSampler(range(10), seed=1))
+    assert [key[1] for key in repeated] == [index for index in order for _ in range(3)][:10]
+    assert [key[2] for key in repeated] == [0, 1, 2] * 3 + [0]
+
+
+def test_copies_of_a_sample_go_to_different_ranks():
+    ranks = [list(EpochSampler(range(9), seed=1, repeats=3, rank=r, num_replicas=3)) for r in range(3)]
+    assert len({key[1] for key in ranks[0]}) == 3
+    assert [key[1] for key in ranks[0]] == [key[1] for key in ranks[2]]
+    assert {key[2] for key in ranks[1]} == {1}
+
+
+def test_start_at_holds_for_one_iteration():
+    sampler = EpochSampler(range(10), seed=1, rank=1, num_replicas=2)
+    whole = list(sampler)
+    sampler.start_at(3)
+    assert len(sampler) == 5
+    assert list(sampler) == whole[3:]
+    assert list(sampler) == whole
+    sampler.start_at(5)
+    assert list(sampler) == []
+
+
+@pytest.mark.parametrize("options", [{"repeats": 0}, {"rank": 2, "num_replicas": 2}], ids=str)
+def test_sampler_refuses(options):
+    with pytest.raises(ValueError):
+        EpochSampler(range(4), **options)
+
+
+# the data set
+
+
+def test_sample_is_a_function_of_seed_epoch_and_index():
+    dataset = SeededDataset(Numbers(10), 5, noisy)
+    sample = dataset[2, 7]
+    seed_generators(1)
+    assert dataset.__getitems__([(2, 1), (2, 7), (0, 7)])[1] == sample
+    others = [dataset[1, 7], dataset[2, 6], SeededDataset(Numbers(10), 6, noisy)[2, 7], dataset[2, 7, 1]]
+    for key in ("python", "numpy", "torch"):
+        assert len({value[key] for value in [*others, sample]}) == 5
+
+
+def test_reading_leaves_the_generators_alone():
+    seed_generators(1)
+    expected = noisy({})
+    seed_generators(1)
+    SeededDataset(Numbers(10), 5, noisy).__getitems__([(0, 1), (0, 2)])
+    assert noisy({}) == expected
+
+
+def test_without_a_seed_nothing_is_seeded():
+    dataset = SeededDataset(Numbers(10), None, noisy)
+    assert dataset[0, 1] != dataset[0, 1]
+
+
+def test_plain_index_is_that_of_epoch_zero():
+    dataset = SeededDataset(Numbers(10), 5, noisy)
+    assert dataset[3] == dataset[0, 3]
+
+
+# the loader
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_do_not_depend_on_workers(workers):
+    def whole(**options):
+        return [{key: value.tolist() for key, value in batch.items()} for batch in loader(**options)]
+
+    assert whole(num_workers=workers) == whole()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_workers": 2}, {"num_workers": 1, "persistent_workers": True}], ids=str
+)
+@pytest.mark.parametrize("done", [0, 1, 3, 5, 6])
+def test_resumes_with_the_next_batch(options, done):
+    first = loader(**options)
+    whole = batches(first, 2)
+    iterator = iter(first)
+    for _ in range(done):
+        next(iterator)
+    state = first.state_dict()
+    assert state == ({"epoch": 2, "batches": done} if done else {"epoch": 2, "batches": 6})
+
+    second = loader(**options)
+    second.load_state_dict({"epoch": 2, "batches": done})
+    assert second.state_dict() == {"epoch": 2, "batches": done}
+    assert len(second) == 6
+    assert [batch["index"].tolist() for batch in second] == whole[done:]
+    assert batches(second, 2) == whole
+    assert batches(second, 3) == batches(loader(), 3)
+
+
+def test_skipped_batches_are_not_read():
+    resumable = loader()
+    resumable.load_state_dict({"epoch": 0, "batches": 5})
+    list(resumable)
+    assert len(resumable.dataset.dataset.reads) == 2
+
+
+def test_state_of_another_epoch_is_forgotten():
+    resumable = loader()
+    resumable.load_state_dict({"epoch": 0, "batches": 4})
+    assert batches(resumable, 1) == batches(loader(), 1)
+
+
+def test_iter_waits_for_the_epoch():
+    """Lightning calls iter before set_epoch on a resumed run; workers must not prefetch the wrong epoch."""
+    for workers in (0, 2):
+        resumable = loader(num_workers=workers)
+        iterator = iter(resumable)
+        resumable.sampler.set_epoch(3)
+        assert [batch["index"].tolist() for batch in iterator] == batches(loader(), 3)
+
+
+def test_persistent_workers_survive_an_abandoned_epoch():
+    resumable = loader(num_workers=2, persistent_workers=True)
+    next(iter(resumable))
+    assert batches(resumable, 1) == batches(loader(), 1)
+
+
+def test_sampler_that_cannot_skip():
+    resumable = ResumableLoader(SeededDataset(Numbers(10), 5), batch_size=2, shuffle=False)
+    resumable.load_state_dict({"epoch": 0, "batches": 3})
+    assert [batch["index"].tolist() for batch in resumable] == [[6, 7], [8, 9]]
+    resumable.load_state_dict({"epoch": 0, "batches": 5})
+    assert len(list(resumable)) == 5  # it knows no epochs: the next one begins
+
+
+def test_stream_without_a_length():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(range(7))
+
+    resumable = ResumableLoader(Stream(), batch_size=2)
+    resumable.load_state_dict({"epoch": 0, "batches": 2})
+    assert [batch.tolist() for batch in resumable] == [[4, 5], [6]]
+    assert resumable.state_dict() == {"epoch": 0, "batches": 4}
+
+
+def test_does_not_draw_from_the_global_generator():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    list(loader())
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("taken", [6, 2])
+def test_epoch_end_is_called(taken):
+    calls = []
+    iterator = iter(loader(epoch_end=lambda: calls.append(1)))
+    for _ in range(taken):
+        next(iterator)
+    assert bool(calls) == (taken == 6)
+    iterator.close()
+    assert calls
+
+
+def test_collate_images():
+    samples = [
+        {"image": torch.full((3, 2, 2), value, dtype=torch.uint8), "label": value} for value in (0, 51, 255)
+    ]
+    batch = collate_images(samples)
+    assert batch["image"].dtype == torch.float32
+    assert batch["image"][:, 0, 0, 0].tolist() == pytest.approx([0, 0.2, 1])
+    assert batch["label"].dtype == torch.int64
+    assert default_collate(samples)["image"].dtype == torch.uint8
