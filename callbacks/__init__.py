@@ -20,7 +20,9 @@ from callbacks.export import ONNXExport
 from callbacks.objective import FeatureTaps, FrozenNetwork, ObjectiveCallback
 from callbacks.prediction_writers import ClassificationWriter, PredictionWriter
 from callbacks.preemption import Preemption
+from callbacks.pruning import MagnitudePruning, PruningCallback, RankPruning, RigL
 from callbacks.results import Results
+from callbacks.token_reduction import EViT, TokenPruningPooling, TokenReduction, ToMe
 
 __all__ = [
     "BKD",
@@ -36,14 +38,22 @@ __all__ = [
     "ClassificationWriter",
     "Criterion",
     "DistillationTeacher",
+    "EViT",
     "EfficiencyReport",
     "FeatureTaps",
     "FitNet",
     "FrozenNetwork",
+    "MagnitudePruning",
     "ONNXExport",
     "ObjectiveCallback",
     "PredictionWriter",
     "Preemption",
+    "PruningCallback",
+    "RankPruning",
     "Results",
+    "RigL",
     "RunCheckpoint",
+    "ToMe",
+    "TokenPruningPooling",
+    "TokenReduction",
 ]

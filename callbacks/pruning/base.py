@@ -1,0 +1,485 @@
+"""PruningCallback: masks over a run. What a pruning method adds is when and how they change."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from callbacks.pruning.masks import MaskBook
+from callbacks.pruning.report import layer_table, plot_layers, plot_schedule, summary
+from callbacks.pruning.schedules import Timetable
+from callbacks.pruning.tensors import owning_optimizer, prunable_modules
+from callbacks.results import run_directory
+
+_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+
+
+class PruningCallback(Callback, ABC):
+    """Keeps masks over the weights of conv and linear layers, and changes them on a timetable.
+
+    A subclass says when (`timetable`), how the masks start (`start`), and how an update changes them
+    (`update`). This class selects the weights, finds their optimiser, counts its steps, and after each of
+    them holds the weights and the optimiser's states at exactly zero where a mask is; averaged weights (EMA,
+    SWA) follow. Masks are saved and restored with everything that the schedule needs: an interrupted run ends
+    as an uninterrupted one. `fit` ends with two pictures in the run directory, `test` with a part of
+    `results.json`.
+
+    Args:
+        target_sparsity: share of zeros among the selected weights at the end, in [0, 1); 0 does nothing.
+        update_every: optimiser steps between two updates of the masks.
+        modules: types of layers in `torch.nn` whose weight is pruned.
+        include: globs over module paths (`network.layer*.conv?`); None takes all layers of these types.
+        exclude: globs over module paths that stay dense.
+        sync_masks: send the masks of process 0 to all after every update; they agree anyway on equal
+            hardware.
+        report_ranks: decompose every layer for the report at the end.
+        total_steps: optimiser steps of the run; None asks the Trainer. Needed where the optimiser of the
+            pruned weights does not step on every batch (manual optimisation).
+    """
+
+    name = "pruning"  # of its part in results.json
+    log_as: ClassVar[str] = "pruning"
+
+    def __init__(
+        self,
+        target_sparsity: float,
+        update_every: int = 100,
+        modules: Sequence[str] = ("Conv2d", "Linear"),
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        sync_masks: bool = True,
+        report_ranks: bool = True,
+        total_steps: int | None = None,
+    ) -> None:
+        require(0 <= target_sparsity < 1, "target_sparsity", target_sparsity, "in [0, 1)")
+        require(update_every >= 1, "update_every", update_every, "at least 1")
+        require(total_steps is None or total_steps >= 1, "total_steps", total_steps, "at least 1")
+        self.target_sparsity = target_sparsity
+        self.update_every = update_every
+        self.modules = list(modules)
+        self.include = None if include is None else list(include)
+        self.exclude = None if exclude is None else list(exclude)
+        self.sync_masks = sync_masks
+        self.report_ranks = report_ranks
+        self.total_steps = total_steps
+        self._layers: dict[str, nn.Module] = {}
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._saved: dict[str, Any] | None = None
+        self._masks: MaskBook | None = None
+        self._plan: Timetable | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._memory: dict[str, Any] | None = self.state_dict() or None  # of an earlier fit
+        self._masks, self._plan = None, None
+        self.step = 0  # of the weights' optimiser, the present one included
+        self.settled = False  # whether the target density has been reached once
+        self._finished_step = 0
+        self._due: int | None = None
+        self._warned_postponed = False
+        self._history: list[list[float]] = []
+
+    # What a method fills in
+
+    @abstractmethod
+    def timetable(self, total_steps: int) -> Timetable:
+        """When the masks change, for a run of `total_steps`; raises where the run is too short."""
+
+    def start(self) -> None:
+        """Set the masks before the first step; here: everything is alive."""
+
+    @abstractmethod
+    def update(self, due: int, gradients: dict[str, Tensor]) -> bool:
+        """Change the masks; called with the dense gradients of this step, before the optimiser uses them.
+
+        Args:
+            due: the step at which this update was due (an update waits for finite gradients).
+            gradients: dense, by weight name, in the parameters' `.grad`; may be changed in place. Weights
+                that the loss did not use this time are missing.
+
+        Returns:
+            True if the optimiser is to skip this step.
+        """
+
+    def between_updates(self, gradients: dict[str, Tensor]) -> None:
+        """Called in place of `update` at every other step; here: nothing."""
+
+    def drop_fraction_now(self) -> float:
+        """Share of a layer's weights that moves at the present step; for logs and plots."""
+        return 0.0
+
+    def log_values(self) -> dict[str, float]:
+        """Further numbers to log after each step."""
+        return {}
+
+    # For the methods
+
+    @property
+    def masks(self) -> MaskBook:
+        """The masks of the run.
+
+        Raises:
+            MisconfigurationException: training has not started yet.
+        """
+        if self._masks is None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} has no masks before training has started."
+            )
+        return self._masks
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The weights that are pruned, by name."""
+        return self._parameters
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The modules of `weights`, by the same names."""
+        return self._layers
+
+    @property
+    def plan(self) -> Timetable:
+        """The timetable of the run."""
+        if self._plan is None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} has no timetable before training has started."
+            )
+        return self._plan
+
+    @property
+    def final_density(self) -> float:
+        """`1 - target_sparsity` in decimal: 0.2 for 0.8, not the 0.19999... that costs ERK a weight."""
+        return round(1 - self.target_sparsity, 12)
+
+    # Start of a run
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Select the weights, in `fit` only."""
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, _SHARDED):
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs whole weights, and {type(trainer.strategy).__name__} shards "
+                "them: use strategy ddp, or one device."
+            )
+        self._reset()
+        self._saved = None
+        if not is_overridden("configure_model", pl_module):
+            self._collect(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Select the weights of a module that makes its layers in `configure_model`, after `setup`."""
+        if is_overridden("configure_model", pl_module):
+            self._collect(pl_module)
+
+    def _collect(self, pl_module: LightningModule) -> None:
+        layers = prunable_modules(pl_module, self.modules, self.include, self.exclude)
+        weights = {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()}
+        known = self._parameters
+        same = known.keys() == weights.keys() and all(known[name] is weights[name] for name in weights)
+        if same and self._saved is None:
+            self._saved = self._memory  # a second `fit` of the same weights goes on with its masks
+        self._memory = None
+        self._layers, self._parameters = layers, weights
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make or restore timetable and masks; by now everything else is restored."""
+        self._refuse_overlap(trainer)
+        if self.target_sparsity == 0:
+            rank_zero_warn(f"{type(self).__name__}: target_sparsity is 0, so nothing is pruned.")
+            return
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info(
+                f"{type(self).__name__}: fast_dev_run is too short to prune in, so nothing is pruned."
+            )
+            return
+        optimizer = owning_optimizer(trainer.optimizers, self._parameters)
+        self._masks = MaskBook(self._parameters)
+        if self._saved is None:
+            self._plan = self.timetable(self._run_length(trainer))
+            self.start()
+            self._history.append([0, self._masks.density(), 0.0])
+        else:
+            self._restore(self._saved, trainer)
+        self._apply(optimizer, trainer)
+
+    def _run_length(self, trainer: Trainer) -> int:
+        if self.total_steps is not None:
+            return self.total_steps
+        steps = trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs an end to plan for: set trainer.max_epochs or "
+                "trainer.max_steps."
+            )
+        return int(steps)
+
+    def _refuse_overlap(self, trainer: Trainer) -> None:
+        mine = {id(parameter) for parameter in self._parameters.values()}
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, PruningCallback) and other is not self:
+                shared = [name for name, weight in other.weights.items() if id(weight) in mine]
+                if shared:
+                    raise MisconfigurationException(
+                        f"{type(self).__name__} and {type(other).__name__} both prune "
+                        f"{', '.join(shared[:4])}: give them different layers with include or exclude."
+                    )
+
+    # A step
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Update the masks where one is due, and keep the optimiser to the weights that are alive.
+
+        Runs once a real step, after unscaling and the average over processes, before clipping.
+        """
+        if self._masks is None or not self._owns(optimizer):
+            return
+        self.step += 1
+        if self.plan.is_due(self.step):
+            self._due = self.step
+        if self._due is not None and self._has_finite_gradients():
+            due, self._due = self._due, None
+            if self._update(due, optimizer, trainer):
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.grad = None
+        else:
+            self.between_updates(self._gradients())
+        self._masks.apply_to_gradients(self._parameters)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        return {name: weight.grad for name, weight in self._parameters.items() if weight.grad is not None}
+
+    def _owns(self, optimizer: Optimizer) -> bool:
+        mine = {id(parameter) for parameter in self._parameters.values()}
+        return any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"])
+
+    def _has_finite_gradients(self) -> bool:
+        gradients = self._gradients().values()
+        if not gradients:
+            return False
+        finite = bool(torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all())
+        if not finite and not self._warned_postponed:
+            self._warned_postponed = True
+            rank_zero_info(
+                f"{type(self).__name__}: gradients are not finite at step {self.step}; the update of the "
+                "masks waits for the next step. Later occurrences are not reported."
+            )
+        return finite
+
+    def _update(self, due: int, optimizer: Optimizer, trainer: Trainer) -> bool:
+        gradients = self._gradients()
+        before = self.masks.counts()
+        skip = self.update(due, gradients)
+        if self.sync_masks:
+            self.masks.synchronize()
+        self._apply(optimizer, trainer)
+        after = self.masks.counts()
+        emptied = [name for name, count in after.items() if count == 0 and before[name] > 0]
+        if emptied:
+            rank_zero_warn(f"{type(self).__name__}: no weight is left in {', '.join(emptied)}.")
+        density = sum(after.values()) / self.masks.total
+        self._history.append([self.step, density, self.drop_fraction_now()])
+        return skip
+
+    def _apply(self, optimizer: Optimizer, trainer: Trainer) -> None:
+        """Zero what the masks say: weights, optimiser states, averaged weights."""
+        self.masks.clear(self._parameters)
+        self.masks.apply_to_states(self._parameters, optimizer)
+        for average in averaged_modules(trainer):
+            self.masks.clear(self._select(average))
+
+    def _select(self, module: nn.Module) -> dict[str, Tensor]:
+        parameters = dict(module.named_parameters())
+        return {name: parameters[name] for name in self._parameters if name in parameters}
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Hold weights and optimiser states at zero after a step, and log."""
+        if self._masks is None or self.step == self._finished_step:
+            return  # gradients are still being accumulated
+        self._finished_step = self.step
+        self._masks.apply(self._parameters)
+        for optimizer in trainer.optimizers:
+            if self._owns(optimizer):
+                self._masks.apply_to_states(self._parameters, optimizer)
+        values = {"density": self._history[-1][1]} | self.log_values()
+        pl_module.log_dict({f"{self.log_as}/{key}": value for key, value in values.items()}, batch_size=1)
+
+    # Checks and the end
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Check that what is evaluated is what the masks say: swapped-in averages, too.
+
+        Raises:
+            RuntimeError: a masked weight is not zero; names the layers.
+        """
+        if self._masks is None or batch_idx > 0 or dataloader_idx > 0 or trainer.sanity_checking:
+            return
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        violations = self._masks.violations(self._parameters)
+        if violations:
+            raise RuntimeError(
+                f"{type(self).__name__}: masked weights are not zero in {', '.join(violations)}. Something "
+                "changed them outside of the optimiser's step."
+            )
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave true zeros, compare the density with the target, draw the pictures."""
+        if self._masks is None:
+            return
+        self._masks.clear(self._parameters)
+        for average in averaged_modules(trainer):
+            self._masks.clear(self._select(average))
+        self._compare_with_target()
+        if trainer.is_global_zero:
+            try:
+                self._draw(run_directory(trainer))
+            except OSError as error:  # a full disk must not cost the run
+                rank_zero_warn(f"{type(self).__name__} could not write its pictures: {error}.")
+
+    def _draw(self, directory: Path) -> None:
+        path = directory / f"{self.name}_schedule.png"
+        plot_schedule(self._history, self.target_density(), self.plan.total_steps, path)
+        rows = layer_table(self._parameters, self.report_ranks)
+        plot_layers(rows, directory / f"{self.name}_layers.png")
+
+    def target_density(self) -> float:
+        """Density of all selected weights at the end; larger where a distribution keeps layers dense."""
+        return self.final_density
+
+    def _compare_with_target(self) -> None:
+        density, target = self.masks.density(), self.target_density()
+        # one weight a layer for rounding down, and the one of the global threshold
+        if abs(density - target) * self.masks.total > len(self.masks) + 1:
+            rank_zero_warn(
+                f"{type(self).__name__}: training ended at step {self.step} of {self.plan.total_steps} with "
+                f"density {density:.6f}; the target was {target:.6f}."
+            )
+
+    def results(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """Sparsity of the module as it is, in total and for each layer."""
+        weights = {name: layer.weight for name, layer in self._select_quietly(module).items()}
+        if not weights:
+            return {}
+        rows = layer_table(weights, self.report_ranks)  # type: ignore[arg-type]
+        return (
+            {"method": type(self).__name__, "target_sparsity": self.target_sparsity}
+            | summary(rows)
+            | {"layers": rows}
+        )
+
+    def _select_quietly(self, module: LightningModule) -> dict[str, nn.Module]:
+        try:
+            return prunable_modules(module, self.modules, self.include, self.exclude)
+        except (ValueError, MisconfigurationException):
+            return {}
+
+    # Checkpoints
+
+    @property
+    def state_key(self) -> str:
+        """Apart for callbacks on different layers of one run."""
+        return self._generate_state_key(include=self.include, exclude=self.exclude)
+
+    def configuration(self) -> dict[str, Any]:
+        """What the schedule depends on, as plain values; compared on resume."""
+        return {"target_sparsity": self.target_sparsity, "update_every": self.update_every}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks as packed bits, counters, timetable, configuration; empty before training."""
+        if self._masks is None:
+            return {}
+        return {
+            "masks": self._masks.state_dict(),
+            "step": self.step,
+            "due": self._due,
+            "settled": self.settled,
+            "timetable": self.plan.as_dict(),
+            "configuration": self.configuration(),
+            "history": [list(row) for row in self._history],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until training starts."""
+        self._saved = state_dict or None
+
+    def _restore(self, saved: dict[str, Any], trainer: Trainer) -> None:
+        self.masks.load_state_dict(saved["masks"])
+        self._plan = Timetable(**saved["timetable"])
+        self.step = self._finished_step = saved["step"]
+        self._due = saved["due"]
+        self.settled = saved["settled"]
+        self._history = [list(row) for row in saved["history"]]
+        present = self.configuration() | {"total_steps": self._run_length(trainer)}
+        kept = saved["configuration"] | {"total_steps": self._plan.total_steps}
+        changed = [
+            f"{key}={present[key]} (saved: {kept.get(key)})"
+            for key in present
+            if present[key] != kept.get(key)
+        ]
+        self._adopt(saved["configuration"])
+        if changed:
+            rank_zero_warn(
+                f"{type(self).__name__} goes on with the schedule of the checkpoint; these settings differ "
+                f"and are not used: {', '.join(changed)}."
+            )
+
+    def _adopt(self, configuration: dict[str, Any]) -> None:
+        """Take over the saved settings of the schedule."""
+        for key, value in configuration.items():
+            setattr(self, key, value)
+
+
+def averaged_modules(trainer: Trainer) -> list[nn.Module]:
+    """The averaged copies of the module that other callbacks keep (Lightning's WeightAveraging and SWA)."""
+    averages = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, nn.Module):
+            averages.append(average.module if isinstance(average, AveragedModel) else average)
+    return averages
+
+
+def require(condition: bool, option: str, value: Any, expected: str) -> None:
+    """Refuse a value of an option.
+
+    Raises:
+        MisconfigurationException: `condition` is false; names option, value and what is expected.
+    """
+    if not condition:
+        raise MisconfigurationException(f"{option}={value}: it must be {expected}.")
+
+
+def require_one_of(choices: Any, option: str, value: str) -> None:
+    """Refuse a value that is none of a `Literal`'s.
+
+    Raises:
+        MisconfigurationException: names option, value and choices.
+    """
+    require(value in get_args(choices), option, value, "one of " + ", ".join(get_args(choices)))

@@ -1,0 +1,180 @@
+"""The fast sweep against the exact one: gradients, error estimates, dealing."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+
+from callbacks.pruning import rank_sweep
+from callbacks.pruning.rank_loss import exact_truncation, rank_loss
+from callbacks.pruning.rank_sweep import (
+    RankSweep,
+    add_rank_gradients,
+    cost,
+    deal,
+    in_threads,
+    symmetric_gram,
+)
+
+SHAPES = [(256, 600), (600, 256), (256, 256), (160, 1440), (96, 300), (12, 40)]
+
+
+def weight_of(kind: str, shape: tuple[int, int]) -> torch.Tensor:
+    torch.manual_seed(sum(shape))
+    weight = torch.randn(shape)
+    if kind == "sparse":
+        return weight * (torch.rand(shape) < 0.02)
+    if kind == "flat":
+        return weight
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    if kind == "one direction":
+        values[0] = 0.7 * values.norm()
+    else:
+        values = torch.arange(1, len(values) + 1.0) ** (-0.5 if kind == "slow decay" else -1.0)
+    return (left * values) @ right
+
+
+KINDS = ["flat", "slow decay", "fast decay", "one direction", "sparse"]
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 0.2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_exact_within_their_estimate(kind, tolerance):
+    weights = {str(shape): weight_of(kind, shape) for shape in SHAPES}
+    truncations = RankSweep(tolerance)(weights)
+    gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    add_rank_gradients(truncations, weights, gradients, scale=len(weights))
+    for name, weight in weights.items():
+        loss, exact, rank = rank_loss(weight.double(), tolerance)
+        found = truncations[name]
+        assert found.rank == rank
+        assert found.loss == pytest.approx(loss, abs=1e-6)
+        error = float((gradients[name] - exact).norm() / exact.norm())
+        assert error < (found.error or 1e-5) < 1e-4, name
+        assert float((gradients[name] - exact).abs().max()) < 1e-4 * float(exact.abs().max()), name
+
+
+def test_the_newton_step_is_what_makes_single_precision_good_enough():
+    """Eigenvectors spoilt by 1e-3: the plain truncation is off by as much, the refined one by its square."""
+    weight = weight_of("flat", (256, 600))
+    product, eigenvalues, eigenvectors = (part.float() for part in rank_sweep.decompose(weight.double()))
+    noise = torch.randn(256, 256)
+    rotated = eigenvectors @ torch.linalg.matrix_exp(1e-5 * (noise - noise.T))
+    squared_norm = float(product.diagonal().double().sum())
+    refined = rank_sweep.refined_truncation(product, eigenvalues, rotated, squared_norm, 0.2)
+    exact = rank_loss(weight.double(), 0.2)[1]
+    plain = exact_truncation(weight, 0.2)
+    unrefined = type(plain)(plain.rank, plain.tail, squared_norm, rotated[:, : 256 - plain.rank], "dropped")
+    errors = [
+        float((t.add_gradient(weight, torch.zeros_like(weight)) - exact).norm() / exact.norm())
+        for t in (unrefined, refined)
+    ]
+    assert errors[1] < 0.1 * errors[0]
+    assert errors[1] < refined.error
+
+
+def test_a_layer_beyond_the_bound_is_decomposed_in_double_precision():
+    weights = {"easy": weight_of("sparse", (256, 600)), "small": weight_of("flat", (12, 40))}
+    # two eigenvalues 1e-8 apart on either side of the cut
+    left = torch.linalg.qr(torch.randn(200, 200, dtype=torch.float64))[0]
+    values = torch.linspace(1, 2, 200, dtype=torch.float64)
+    cut = 200 - exact_truncation(left * values, 0.2).rank
+    values[cut] = values[cut - 1] + 1e-8
+    weights["hard"] = (left * values).float()
+    sweep = RankSweep(0.2)
+    truncations = sweep(weights)
+    assert sweep.repeated == ["hard"]
+    assert truncations["hard"].error == 0
+    assert list(truncations) == list(weights)
+
+
+def test_nearly_equal_choices_of_k_are_decided_in_double_precision():
+    values = torch.full((200,), 200**-0.5)
+    weights = {"tie": torch.diag(values) @ torch.linalg.qr(torch.randn(200, 200))[0]}
+    sweep = RankSweep(0.2025)  # half-way between 40 and 41 dropped directions
+    sweep(weights)
+    assert sweep.repeated == ["tie"]
+
+
+def test_zeros_are_not_counted_and_one_row_has_no_gradient():
+    weights = {"zero": torch.zeros(200, 300), "row": torch.randn(1, 9), "full": torch.randn(20, 30)}
+    truncations = RankSweep(0.2)(weights)
+    assert list(truncations) == ["row", "full"]
+    gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    mean = add_rank_gradients(truncations, weights, gradients, scale=2.0)
+    loss, gradient, _ = rank_loss(weights["full"], 0.2)
+    assert mean == pytest.approx((loss - 1) / 2)
+    torch.testing.assert_close(gradients["full"], gradient)
+    assert not gradients["row"].any()
+    assert not gradients["zero"].any()
+    assert add_rank_gradients({}, weights, gradients, 1.0) == 0
+
+
+def test_gradients_are_added_in_any_memory_order_and_precision():
+    weight = torch.randn(16, 8, 3, 3)
+    exact = rank_loss(weight, 0.2)[1]
+    for changed in (weight.to(memory_format=torch.channels_last), weight.bfloat16()):
+        gradient = torch.ones_like(changed)
+        add_rank_gradients(RankSweep(0.2)({"w": changed}), {"w": changed}, {"w": gradient}, 1.0)
+        tolerance = 1e-6 if changed.dtype == torch.float32 else 0.01
+        torch.testing.assert_close(gradient.float(), 1 + exact, rtol=tolerance, atol=tolerance)
+
+
+def test_a_failed_decomposition_falls_back_and_then_leaves_out_with_one_warning(monkeypatch):
+    weights = {"bad": torch.randn(200, 200), "good": torch.randn(10, 10)}
+    real = torch.linalg.eigh
+
+    def fails(matrix, dtypes):
+        if matrix.dtype in dtypes and matrix.shape[-1] == 200:
+            raise torch.linalg.LinAlgError("no convergence")
+        return real(matrix)
+
+    sweep = RankSweep(0.2)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: fails(matrix, [torch.float32]))
+    assert set(sweep(weights)) == {"bad", "good"}
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: fails(matrix, [torch.float32, torch.float64]))
+    with pytest.warns(UserWarning, match="leaves out bad"):
+        assert set(sweep(weights)) == {"good"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(sweep(weights)) == {"good"}
+
+
+@pytest.mark.parametrize("shape", [(300, 500), (500, 300), (64, 64)])
+def test_symmetric_gram_is_the_plain_one(shape):
+    matrix = torch.randn(shape, dtype=torch.float64)
+    plain = matrix @ matrix.T if shape[0] <= shape[1] else matrix.T @ matrix
+    torch.testing.assert_close(symmetric_gram(matrix), plain)
+
+
+def test_batched_eigh_is_the_single_one():
+    matrices = {str(shape): weight_of("flat", shape) for shape in SHAPES}
+    batched = rank_sweep.batched_eigh(matrices)
+    assert set(batched) == {str(shape) for shape in SHAPES if min(shape) > 128}
+    for name, (product, eigenvalues, eigenvectors) in batched.items():
+        torch.testing.assert_close(product, symmetric_gram(matrices[name]))
+        torch.testing.assert_close(eigenvectors * eigenvalues @ eigenvectors.T, product, rtol=1e-4, atol=1e-3)
+
+
+def test_layers_are_dealt_evenly_and_completely():
+    costs = {f"layer{index}": cost((64 * (1 + index % 4), 576)) for index in range(20)}
+    hands = deal(costs, 3)
+    assert sorted(itertools.chain(*hands)) == sorted(costs)
+    loads = [sum(costs[name] for name in hand) for hand in hands]
+    assert max(loads) - min(loads) <= max(costs.values())
+    assert hands == deal(dict(reversed(costs.items())), 3)
+
+
+def test_results_do_not_depend_on_threads():
+    weights = {str(shape): weight_of("flat", shape) for shape in SHAPES}
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            found.append(RankSweep(0.2)(weights))
+            assert in_threads(lambda x: (x, torch.get_num_threads()), range(5)) == [(i, 1) for i in range(5)]
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(1)
+    assert all(torch.equal(found[0][name].basis, found[1][name].basis) for name in weights)
