@@ -21,8 +21,8 @@ import lightning_modules as _lightning_modules  # noqa: F401
 from callbacks.checkpointing import AtomicCheckpointIO, RunCheckpoint, newest_loadable
 from callbacks.preemption import Preemption
 from callbacks.results import Results, run_directory
+from callbacks.resuming import ExactResume
 from datamodules.reading import CorruptSampleError
-from datamodules.resuming import ExactResume
 
 SHARDED = ("fsdp", "deepspeed", "model_parallel")
 USER_ERRORS = (MisconfigurationException, FileNotFoundError, UnpicklingError, CorruptSampleError)

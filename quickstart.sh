@@ -16,6 +16,7 @@ featherlight test --config configs/quickstart.yaml --config configs/quickstart_t
 echo "== 3/5  distil it into a student (ViT) that is pruned on the way"
 featherlight fit --config configs/quickstart.yaml \
   --trainer.callbacks+=configs/callbacks/kd.yaml \
+  --trainer.callbacks.teacher null \
   --trainer.callbacks.weights "$runs/teacher/checkpoints/last.ckpt" \
   --trainer.callbacks+=configs/callbacks/magnitude_pruning.yaml
 

@@ -22,6 +22,7 @@ from callbacks.prediction_writers import ClassificationWriter, PredictionWriter
 from callbacks.preemption import Preemption
 from callbacks.pruning import MagnitudePruning, PruningCallback, RankPruning, RigL
 from callbacks.results import Results
+from callbacks.resuming import ExactResume
 from callbacks.token_reduction import EViT, TokenPruningPooling, TokenReduction, ToMe
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "DistillationTeacher",
     "EViT",
     "EfficiencyReport",
+    "ExactResume",
     "FeatureTaps",
     "FitNet",
     "FrozenNetwork",

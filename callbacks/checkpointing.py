@@ -105,9 +105,18 @@ class RunCheckpoint(ModelCheckpoint):
             self.dirpath = str(checkpoint_directory(Path(trainer.default_root_dir)))
         super().setup(trainer, pl_module, stage)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save every epoch, also those that no validation follows."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._every_n_train_steps < 1 and self._train_time_interval is None and self._every_n_epochs <= 1:
+            self._bring_last_up_to_date(trainer)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring `last.ckpt` up to the end of the run, whatever the intervals are."""
         super().on_train_end(trainer, pl_module)
+        self._bring_last_up_to_date(trainer)
+
+    def _bring_last_up_to_date(self, trainer: Trainer) -> None:
         if self.save_last and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 

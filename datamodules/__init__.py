@@ -6,7 +6,6 @@ from datamodules.imagenet import ImageFolderDataModule, ImageNetDataModule
 from datamodules.images import ImagesDataModule
 from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, hash_seed
 from datamodules.reading import CorruptSampleError, read_image
-from datamodules.resuming import ExactResume
 from datamodules.transforms import PINNED, ImageTransforms
 
 __all__ = [
@@ -15,7 +14,6 @@ __all__ = [
     "CorruptSampleError",
     "DataModule",
     "EpochSampler",
-    "ExactResume",
     "ImageFolderDataModule",
     "ImageNetDataModule",
     "ImageTransforms",

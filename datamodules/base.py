@@ -269,6 +269,11 @@ class VisionDataModule(DataModule):
         """Number of classes; known before ``setup``."""
         return len(self.class_names)
 
+    @property
+    def image_size(self) -> int:
+        """Height and width of what the network sees, pixels."""
+        return self.transforms.image_size
+
     def transform(self, split: Split) -> Callable[[Any], Any]:
         """The image transform of training or of evaluation."""
         chosen = self.transforms.train() if split == "train" else self.transforms.evaluation()

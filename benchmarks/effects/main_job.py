@@ -1,4 +1,4 @@
-"""The main job on real images: a student alone, distilled, pruned, and both; three seeds.
+"""The main job on real images: a ViT alone, distilled from a ResNet, pruned, and both; three seeds.
 
     python benchmarks/effects/main_job.py --data cifar10_subset.tar.gz
 

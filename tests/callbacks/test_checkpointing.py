@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from callbacks import AtomicCheckpointIO, RunCheckpoint
 from callbacks.checkpointing import checkpoint_directory, newest_loadable
@@ -61,6 +62,23 @@ def test_runs_keep_their_last_and_best(trainer, blob_data, tmp_path):
     assert len(names) == 2
     assert names[1] == "last.ckpt"
     assert torch.load(checkpoint_directory(tmp_path) / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+def test_epochs_without_validation_are_saved_too(trainer, blob_data, tmp_path):
+    class Peek(Callback):
+        steps = ()
+
+        def on_train_epoch_start(self, trainer, module):
+            path = checkpoint_directory(tmp_path) / "last.ckpt"
+            saved = torch.load(path, weights_only=True)["global_step"] if path.exists() else 0
+            self.steps = (*self.steps, saved)
+
+    peek = Peek()
+    module = ImageClassifier("test_vit", 4, model_args={"img_size": 32})
+    options = {"max_epochs": 4, "check_val_every_n_epoch": 3, "enable_checkpointing": True}
+    trainer(callbacks=[peek, RunCheckpoint()], **options).fit(module, datamodule=blob_data())
+    assert peek.steps == (0, 4, 8, 12)
+    assert torch.load(checkpoint_directory(tmp_path) / "last.ckpt", weights_only=True)["global_step"] == 16
 
 
 def test_auto_takes_the_newest_that_loads(tmp_path):

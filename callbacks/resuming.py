@@ -1,4 +1,4 @@
-"""What a Lightning checkpoint lacks for an exact resume; the loader's part is in ``loading``.
+"""What a Lightning checkpoint lacks for an exact resume; the loaders look after their own part.
 
 Seen in Lightning 2.6: a checkpoint that is written right after a batch that validation follows, or after the
 last batch of an epoch, makes the resumed run skip that validation and the hooks of the epoch's end. Written
@@ -27,8 +27,8 @@ class ExactResume(Callback):
     It changes no run, only what is written: the loops' counters in a checkpoint are moved to the nearest
     state that Lightning restores correctly (the batch of a broken step is done again, an unfinished
     validation starts anew), and the gradients of an unfinished accumulation are added. Works with every way
-    of saving, and needs the loaders of this package (others are not resumable inside an epoch anyway).
-    Without ``ExactResume``, a resumed run still sees the right batches.
+    of saving, and needs loaders that know their place, as the data modules' do (others cannot resume inside
+    an epoch anyway). Without ``ExactResume``, a resumed run still sees the right batches.
 
     Gradients are averaged over the ranks, as DDP would do later. Sharded strategies (FSDP, DeepSpeed) keep no
     whole gradients; there a warning says that those of the unfinished accumulation are lost.
