@@ -8,17 +8,19 @@ from pickle import UnpicklingError
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import BasePredictionWriter, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 import callbacks as _callbacks  # noqa: F401  (its classes get their short names by being imported)
 import datamodules as _datamodules  # noqa: F401
 import lightning_modules as _lightning_modules  # noqa: F401
 from callbacks.checkpointing import AtomicCheckpointIO, RunCheckpoint, newest_loadable
+from callbacks.prediction_writers import PredictionWriter
 from callbacks.preemption import Preemption
 from callbacks.results import Results, run_directory
 from callbacks.resuming import ExactResume
@@ -29,9 +31,7 @@ USER_ERRORS = (MisconfigurationException, FileNotFoundError, UnpicklingError, Co
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the composed configuration, seed included, as `config_<command>.yaml` into the run's
-    directory.
-    """
+    """Writes the composed configuration and the seed as `config_<command>.yaml` into the run's directory."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called on rank 0 at the start of a run."""
@@ -58,6 +58,8 @@ class FeatherlightCLI(LightningCLI):
         parser.set_defaults({"weights_only": True})
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})
+        if subcommand == "predict":
+            parser.set_defaults({"return_predictions": False})  # writers stream them; nobody reads a list
         return parser
 
     def _parse_ckpt_path(self) -> None:
@@ -98,6 +100,14 @@ class FeatherlightCLI(LightningCLI):
         recipe = Path(os.path.relpath(str(files[0]))).with_suffix("")
         parts = [part for part in recipe.parts if part not in ("..", "configs", os.sep)]
         return Path("runs", *parts[-2:])
+
+    def before_predict(self) -> None:
+        """Say so if nothing is going to keep the predictions."""
+        if not any(isinstance(c, (PredictionWriter, BasePredictionWriter)) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
+            rank_zero_warn(
+                "predict: no callback writes the predictions. Add one, for a classifier "
+                "--trainer.callbacks+=configs/callbacks/predictions.yaml"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with our logger and checkpoint writer unless the user chose others."""
@@ -156,6 +166,8 @@ def run(arguments: list[str]) -> int:
         The exit status.
     """
     logging.getLogger("timm").setLevel(logging.WARNING)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a recipe may name classes of a module in the working directory
     try:
         make_cli(None if arguments == sys.argv[1:] else arguments)
     except USER_ERRORS as error:

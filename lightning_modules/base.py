@@ -65,9 +65,7 @@ class Method(LightningModule):
     # What a method fills in
 
     def augment(self, batch: Any) -> Any:
-        """Change a training batch on the device before anything sees it (mixup, erasing); here: not at
-        all.
-        """
+        """Change a training batch on the device before anything sees it (mixup, erasing); here not at all."""
         return batch
 
     def compute(self, batch: Any) -> dict[str, Tensor]:

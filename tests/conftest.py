@@ -87,14 +87,19 @@ REPOSITORY = Path(__file__).parent.parent
 
 @pytest.fixture
 def featherlight(tmp_path):
-    """Run the command in a process of its own, in `tmp_path`; `tests/probes.py` can be imported there."""
+    """Run the command in a process of its own, in `tmp_path`; `tests/probes.py` can be imported there.
+
+    The installed `featherlight` script where there is one, as a user types it.
+    """
+    script = Path(sys.executable).with_name("featherlight")
+    command = [str(script)] if script.exists() else [sys.executable, "-m", "featherlight"]
 
     def call(*arguments, status: int | None = 0, cwd: Path = tmp_path) -> subprocess.CompletedProcess:
         paths = os.pathsep.join(
             [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
         )
         done = subprocess.run(
-            [sys.executable, "-m", "featherlight", *map(str, arguments)],
+            [*command, *map(str, arguments)],
             cwd=cwd,
             env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"},
             capture_output=True,
