@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, seed_everything
 
-from datamodules import CIFAR100DataModule
+from datamodules import CIFAR100DataModule, ImageTransforms
 from featherlight_cli import run
 from lightning_modules import ImageClassifier
 
@@ -50,6 +50,12 @@ def through_featherlight(model: str, root: Path, batch_size: int, steps: int) ->
             f"--data.init_args.{key}",
             str(value).lower() if isinstance(value, bool) else str(value),
         ]
+    arguments += [
+        "--data.init_args.transforms.image_size",
+        "32",
+        "--data.init_args.transforms.train_crop",
+        "pad",
+    ]
     arguments += ["--trainer.max_steps", str(WARM_UP + steps), "--trainer.accelerator", "cpu"]
     arguments += ["--trainer.limit_val_batches", "0", "--trainer.default_root_dir", str(root / "run")]
     arguments += [
@@ -70,7 +76,8 @@ def bare_loop(model: str, root: Path, batch_size: int, steps: int) -> float:
     seed_everything(0, verbose=False)
     module = ImageClassifier(model, 10)
     network, mean, std = module.network.train(), module.mean, module.std
-    data = CIFAR100DataModule(**data_options(root, batch_size))
+    transforms = ImageTransforms(image_size=32, train_crop="pad")
+    data = CIFAR100DataModule(transforms=transforms, **data_options(root, batch_size))
     data.prepare_data()
     data.setup("fit")
     loader = data.train_dataloader()

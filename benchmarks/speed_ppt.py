@@ -39,15 +39,13 @@ def tome_at(shape: VitShape, macs: int) -> Rules:
     return next(rules(total) for total in range(shape.tokens) if shape.macs(rules(total)) <= macs)
 
 
-def variants(shape: VitShape, blocks: list[int], r: int) -> dict[str, Rules]:
+def variants(shape: VitShape, blocks: list[int], r: int, policies: bool) -> dict[str, Rules]:
     ppt: Rules = {block: PruneOrPool(r) for block in blocks}
-    return {
-        "dense": {},
-        "PPT": ppt,
-        "PPT, prune only": {block: PruneOrPool(r, policy="prune") for block in blocks},
-        "PPT, pool only": {block: PruneOrPool(r, policy="pool") for block in blocks},
-        "ToMe": tome_at(shape, shape.macs(ppt)),
-    }
+    rules = {"dense": {}, "PPT": ppt, "ToMe": tome_at(shape, shape.macs(ppt))}
+    if policies:
+        rules["PPT, prune only"] = {block: PruneOrPool(r, policy="prune") for block in blocks}
+        rules["PPT, pool only"] = {block: PruneOrPool(r, policy="pool") for block in blocks}
+    return rules
 
 
 def reduced(dense: nn.Module, rules: Rules) -> nn.Module:
@@ -57,13 +55,20 @@ def reduced(dense: nn.Module, rules: Rules) -> nn.Module:
     return network
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> Times:
-    """Every call once a round, each round starting with another one."""
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], repeats: int, seconds: float, device: torch.device
+) -> Times:
+    """Every call once a round, each round starting with another one; three rounds at least, then until time
+    is up.
+    """
     times: Times = {name: [] for name in calls}
     names = list(calls)
     for name in names:
         calls[name]()
+    start = time.perf_counter()
     for turn in range(repeats):
+        if turn >= 3 and time.perf_counter() - start > seconds:
+            break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             synchronize(device)
@@ -95,24 +100,10 @@ def captured(network: nn.Module, images: Tensor) -> Callable[[], object]:
 
 def peak_megabytes(arguments: argparse.Namespace, name: str, batch: int) -> float:
     """Memory that one forward pass needs beyond the loaded network, in a process of its own."""
-    command = [
-        sys.executable,
-        __file__,
-        "--memory-of",
-        name,
-        "--batches",
-        str(batch),
-        "--model",
-        arguments.model,
-    ]
-    command += [
-        "--r",
-        str(arguments.r),
-        "--device",
-        arguments.device,
-        "--blocks",
-        *map(str, arguments.blocks),
-    ]
+    options = (
+        f"--batches {batch} --model {arguments.model} --r {arguments.r} --device {arguments.device} --blocks"
+    )
+    command = [sys.executable, __file__, "--memory-of", name, *options.split(), *map(str, arguments.blocks)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
@@ -175,7 +166,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--r", type=int, default=50)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=9, help="rounds; three times as many at batch 1")
+    parser.add_argument(
+        "--seconds", type=float, default=300.0, help="most time for the rounds of one batch size"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--policies", action="store_true", help="also prune in every image, and pool in every image"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -190,7 +187,7 @@ def main() -> int:
     device = torch.device(arguments.device)
     dense = timm.create_model(arguments.model).eval().to(device)
     shape = VitShape.of(dense)
-    rules = variants(shape, arguments.blocks, arguments.r)
+    rules = variants(shape, arguments.blocks, arguments.r, arguments.policies)
     side = dense.patch_embed.img_size
     if arguments.memory_of:
         images = torch.randn(arguments.batches[0], 3, *side, device=device)
@@ -203,15 +200,15 @@ def main() -> int:
         images = torch.randn(batch, 3, *side, device=device)
         repeats = arguments.repeats * (3 if batch == 1 else 1)
         calls = {name: partial(network, images) for name, network in networks.items()}
-        rows += report(interleaved(calls, repeats, device), macs, batch, device.type)
+        rows += report(interleaved(calls, repeats, arguments.seconds, device), macs, batch, device.type)
         if device.type == "cuda":
             graphs = {name: captured(network, images) for name, network in networks.items()}
-            rows += report(interleaved(graphs, repeats, device), macs, batch, "cuda graph")
+            rows += report(interleaved(graphs, repeats, arguments.seconds, device), macs, batch, "cuda graph")
     if not arguments.no_memory:
         batch = max(arguments.batches)
         memory = {name: peak_megabytes(arguments, name, batch) for name in ("dense", "PPT", "ToMe")}
         print(
-            f"\nmemory of a forward pass, batch {batch}: "
+            f"\npeak memory of a forward pass beside the weights, batch {batch}: "
             + ", ".join(f"{n} {m:.0f} MiB" for n, m in memory.items())
         )
         rows.append({"batch": batch, "what": "memory_mebibytes", **memory})

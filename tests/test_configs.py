@@ -1,7 +1,13 @@
-"""Every file under configs/ must compose and come to life."""
+"""Every file under configs/ must compose and come to life.
+
+A file whose model has a class is a recipe and stands alone; one with a class at the top is a drop-in; any
+other is put on top of the recipe that its first line names (`# on top of: configs/...yaml`), or else of the
+quick start.
+"""
 
 import contextlib
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -57,9 +63,26 @@ def test_drop_ins(path, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=name)
 def test_overlays_keep_to_known_options(path, tmp_path, monkeypatch):
+    recipe = base_of(path)
     monkeypatch.chdir(tmp_path)
-    cli = instantiate("--config", str(CONFIGS / "quickstart.yaml"), "--config", str(path), trainer=False)
+    cli = instantiate("--config", str(recipe), "--config", str(path), trainer=False)
+    added = [entry["class_path"] for entry in (CONTENTS[path].get("trainer") or {}).get("callbacks+", [])]
+    assert {type(callback).__name__ for callback in cli.config_init.trainer.callbacks or []} >= set(added)
     for section, options in CONTENTS[path].items():
-        for key, value in options.items():
-            if not isinstance(value, (dict, list)):
-                assert cli.config[section][key] == value
+        assert_holds(cli.config[section], options)
+
+
+def base_of(path):
+    """The recipe that an overlay belongs on."""
+    named = re.match(r"# on top of: configs/(\S+)\n", path.read_text())
+    return CONFIGS / (named[1] if named else "quickstart.yaml")
+
+
+def assert_holds(config, options):
+    """Every plain value of `options` is found where it belongs in the composed configuration."""
+    for key, value in options.items():
+        if isinstance(value, dict):
+            assert_holds(config[key], value)
+        elif not isinstance(value, list):
+            found = config[key]
+            assert found == value or getattr(found, "name", str(found)) == str(value)  # enums and paths

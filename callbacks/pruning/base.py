@@ -359,15 +359,21 @@ class PruningCallback(Callback, ABC):
         self._compare_with_target()
         if trainer.is_global_zero:
             try:
-                self._draw(run_directory(trainer))
+                self._draw(run_directory(trainer), self._label(trainer))
             except OSError as error:  # a full disk must not cost the run
                 rank_zero_warn(f"{type(self).__name__} could not write its pictures: {error}.")
 
-    def _draw(self, directory: Path) -> None:
-        path = directory / f"{self.name}_schedule.png"
+    def _label(self, trainer: Trainer) -> str:
+        """`pruning`, and `pruning_2` for a second pruning callback, as in `results.json`."""
+        ours = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
+        number = ours.index(self) + 1
+        return self.name if number == 1 else f"{self.name}_{number}"
+
+    def _draw(self, directory: Path, label: str) -> None:
+        path = directory / f"{label}_schedule.png"
         plot_schedule(self._history, self.target_density(), self.plan.total_steps, path)
         rows = layer_table(self._parameters, self.report_ranks)
-        plot_layers(rows, directory / f"{self.name}_layers.png")
+        plot_layers(rows, directory / f"{label}_layers.png")
 
     def target_density(self) -> float:
         """Density of all selected weights at the end; larger where a distribution keeps layers dense."""

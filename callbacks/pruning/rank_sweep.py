@@ -1,20 +1,16 @@
 """The rank gradient of many layers at once, cheaply and with a checked error (RPG, section 2.8).
 
 What a full SVD of every layer costs is spent on directions that the gradient does not need. Here, for each
-layer:
-
-1. the smaller Gram matrix, with its symmetry used, in single precision;
-2. its eigenvectors in single precision. Their error is what limits the gradient: of the order of `eps
-   lambda_1 / gap` for a pair of directions on either side of the cut, up to 1e-2 where one direction
-   dominates;
-3. one Newton step for the subspace (the coupling between both sides of the cut, measured and divided by the
-   gaps), which squares that error for three thin matrix products;
-4. an estimate of what is left. Where it exceeds the bound, or the choice of k hangs on rounding, this layer
-   is decomposed again in double precision.
+layer: the smaller Gram matrix and its eigenvectors in single precision; a step that improves the subspace,
+and an estimate of the error that is left (`subspace.py`); double precision for the layers where that exceeds
+the bound.
 
 Layers are independent: dealt over processes by cost, and over threads on the CPU, where LAPACK does not
 scale. The eigenvectors are exchanged rather than the gradients: a tenth of the traffic, and all processes add
 the same bits.
+
+No subspace is kept from one sweep to the next. Projecting on it and repairing what has changed takes as many
+matrix products as the decomposition takes time, and a resumed run would need it to go on bit for bit.
 """
 
 import os
@@ -27,20 +23,10 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from callbacks.pruning.rank_loss import (
-    Backend,
-    Truncation,
-    as_matrix,
-    choose_rank,
-    exact_truncation,
-    split,
-)
+from callbacks.pruning.rank_loss import Backend, Truncation, as_matrix, exact_truncation
+from callbacks.pruning.subspace import decompose, refined_truncation, symmetric_gram
 
 _EXACT_SIDE = 128  # up to here double precision costs next to nothing
-_BLOCK = 128  # of the symmetric Gram product
-_AMBIGUOUS = 1e-6  # energy by which the chosen k must beat the runner-up
-_PRODUCT_ERROR = 4e-6  # relative, of single-precision products with the matrix
-_LARGE_ANGLE = 0.1  # rad: beyond it one Newton step is no longer quadratic
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -115,13 +101,15 @@ class RankSweep:
         if self.backend == "svd" or min(matrix.shape) <= _EXACT_SIDE:
             return _stored(exact_truncation(matrix, self.tolerance, self.backend), matrix)
         product, eigenvalues, eigenvectors = decomposed or decompose(matrix)
-        squared_norm = float(product.diagonal().double().sum())
-        if squared_norm == 0:
-            return None
-        truncation = refined_truncation(product, eigenvalues, eigenvectors, squared_norm, self.tolerance)
-        if truncation.error <= self.max_error:
-            return truncation
-        self.repeated.append(name)
+        truncation = refined_truncation(product, eigenvalues, eigenvectors, self.tolerance, self.max_error)
+        if truncation is not None and truncation.error > self.max_error:
+            # the rounding of the Gram matrix seldom matters; that of its eigenvectors does
+            self.repeated.append(name)
+            product = product.double()
+            values, vectors = torch.linalg.eigh(product)
+            truncation = refined_truncation(product, values, vectors, self.tolerance, self.max_error)
+        if truncation is None or truncation.error <= self.max_error:
+            return _stored(truncation, matrix)
         return _stored(exact_truncation(matrix, self.tolerance), matrix)
 
 
@@ -161,41 +149,6 @@ def add_rank_gradients(
     return sum(truncation.loss for truncation in truncations.values()) / len(truncations)
 
 
-# One layer
-
-
-def symmetric_gram(matrix: Tensor) -> Tensor:
-    """The smaller Gram matrix (q, q) with each block above the diagonal computed once.
-
-    Three quarters (q = 256) down to five eighths (q >= 512) of the products of a plain one.
-    """
-    rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-    out = rows.new_empty(rows.shape[0], rows.shape[0])
-    _fill_gram(rows, out, 0, rows.shape[0])
-    return out
-
-
-def _fill_gram(rows: Tensor, out: Tensor, start: int, end: int) -> None:
-    if end - start <= _BLOCK:
-        out[start:end, start:end] = rows[start:end] @ rows[start:end].mT
-        return
-    middle = (start + end) // 2
-    _fill_gram(rows, out, start, middle)
-    _fill_gram(rows, out, middle, end)
-    block = rows[start:middle] @ rows[middle:end].mT
-    out[start:middle, middle:end] = block
-    out[middle:end, start:middle] = block.mT
-
-
-def decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Smaller Gram matrix, its eigenvalues in ascending order, and its eigenvectors, in the matrix's
-    precision.
-    """
-    product = symmetric_gram(matrix)
-    eigenvalues, eigenvectors = torch.linalg.eigh(product)
-    return product, eigenvalues, eigenvectors
-
-
 def batched_eigh(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """`decompose` for the matrices with more than `_EXACT_SIDE` rows and columns, one call for each Gram
     size.
@@ -217,73 +170,6 @@ def batched_eigh(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tens
     return found
 
 
-def refined_truncation(
-    product: Tensor, eigenvalues: Tensor, eigenvectors: Tensor, squared_norm: float, tolerance: float
-) -> Truncation:
-    """Truncate along single-precision eigenvectors, improve the subspace by one Newton step, estimate the
-    error.
-
-    With S the eigenvectors on the smaller side of the cut, O the others, and Lambda the eigenvalues, the
-    residual R = G S - S Lambda has the components O^T R along O; `F_ij = (O^T R)_ij / (lambda_j - lambda_i)`
-    are the angles by which S is off, and S + O F is off by their squares.
-
-    Args:
-        product: the Gram matrix G (q, q).
-        eigenvalues: (q,) ascending.
-        eigenvectors: (q, q).
-        squared_norm: trace of G in double precision.
-        tolerance: the paper's delta.
-    """
-    shares = eigenvalues.double().clamp_min(0) / squared_norm
-    rank, _ = choose_rank(shares.flip(0), tolerance)
-    if rank == 0:
-        return Truncation(0, 1.0, squared_norm, eigenvectors[:, :0], "kept")
-    basis, others, side = split(eigenvectors, rank)
-    dropped = len(shares) - rank
-    inside, outside = (
-        (shares[:dropped], shares[dropped:]) if side == "dropped" else (shares[dropped:], shares[:dropped])
-    )
-
-    scaled = product / squared_norm
-    residual = scaled @ basis - basis * inside.to(basis.dtype)
-    gaps = inside[None, :] - outside[:, None]
-    gaps = torch.where(gaps == 0, torch.finfo(gaps.dtype).tiny, gaps)
-    angles = (others.mT @ residual).double() / gaps  # (others, basis)
-
-    # Rayleigh quotients: the eigenvalues to second order
-    inside = inside + (basis * residual).sum(0).double()
-    corrected = torch.cat([inside, outside] if side == "dropped" else [outside, inside])
-    tails = corrected.cumsum(0)
-    tail = float(tails[dropped - 1]) if side == "dropped" else 1 - float(inside.sum())
-    error = _error_left(angles, gaps, inside, outside, tail)
-    if error < 1 and (_is_ambiguous(tails, dropped, tolerance) or angles.abs().max() > _LARGE_ANGLE):
-        error = float("inf")
-    basis = basis + others @ angles.to(basis.dtype)
-    return Truncation(rank, tail, squared_norm, basis, side, error)
-
-
-def _error_left(angles: Tensor, gaps: Tensor, inside: Tensor, outside: Tensor, tail: float) -> float:
-    """Relative error of the gradient after the Newton step: what the step leaves, and what it could not see.
-
-    A rotation by `theta_ij` of the subspaces changes T by `theta_ij sqrt(lambda_i + lambda_j)`, against `||T
-    - tau Y||^2 = tau (1 - tau)`. The step leaves the square of the angles. It does not see the rounding of
-    the Gram matrix itself: with entries of about (lambda_1 + 0.1)/q in units of its trace, `eps (lambda_1 +
-    0.1)/q` between two eigenvectors. The factor 5 and the floor, for the products with the matrix, cover all
-    that was measured: flat, decaying, sparse and one-direction spectra of 64 to 1024 singular values.
-    """
-    energy = inside[None, :] + outside[:, None]
-    noise = 5 * 2**-24 * (float(torch.maximum(inside[-1], outside[-1])) + 0.1) / (len(inside) + len(outside))
-    left = angles.square() + (noise / gaps).abs()
-    return _PRODUCT_ERROR + float(((left.square() * energy).sum() / max(tail * (1 - tail), 1e-30)).sqrt())
-
-
-def _is_ambiguous(tails: Tensor, dropped: int, tolerance: float) -> bool:
-    """Whether the neighbour of the chosen k is as near to the tolerance, to within rounding."""
-    distances = (tails - tolerance).abs()
-    neighbours = distances[max(dropped - 2, 0) : dropped + 1]
-    return bool((neighbours - distances[dropped - 1] < _AMBIGUOUS).sum() > 1)
-
-
 def _stored(truncation: Truncation | None, matrix: Tensor) -> Truncation | None:
     """The same with the basis in the matrix's precision, as it is exchanged."""
     if truncation is None:
@@ -296,9 +182,6 @@ def _stored(truncation: Truncation | None, matrix: Tensor) -> Truncation | None:
         truncation.side,
         truncation.error,
     )
-
-
-# Many layers
 
 
 def cost(shape: Sequence[int]) -> float:

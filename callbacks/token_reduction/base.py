@@ -2,19 +2,18 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from callbacks.results import run_directory
 from callbacks.token_reduction.macs import VitShape, smallest_r
+from callbacks.token_reduction.network import ReducedTransformer
 from callbacks.token_reduction.options import find_transformer, spread
-from callbacks.token_reduction.patch import patch, record_tokens, unpatch
+from callbacks.token_reduction.patch import patch, unpatch
 from callbacks.token_reduction.reducer import Reducer
 from callbacks.token_reduction.state import TokenRecords
 from callbacks.token_reduction.visualization import draw_layers
@@ -77,11 +76,10 @@ class TokenReduction(Callback, ABC):
         self.visualize = visualize
         self.trace_source = trace_source
         self.records: TokenRecords | None = None
-        self._network: VisionTransformer | None = None
+        self._network: ReducedTransformer | None = None
         self._shape: VitShape | None = None
         self._reducers: dict[int, Reducer] = {}
         self._settings: dict[str, Any] = {}
-        self._recording: AbstractContextManager[TokenRecords] | None = None
         self._pooled: dict[int, Tensor] = {}  # block: (2,) images that pooled, images
         self._shares: dict[int, float] = {}
         self._drawn = 0
@@ -130,8 +128,8 @@ class TokenReduction(Callback, ABC):
         if self.target_macs is not None:
             r = smallest_r(shape, self.target_macs, lambda r: self.reducers(blocks, r))
         reducers = self.reducers(blocks, r)
-        patch(network, reducers, self.proportional_attention)
-        self._network, self._shape, self._reducers = network, shape, reducers
+        self._network = patch(network, reducers, self.proportional_attention)
+        self._shape, self._reducers = shape, reducers
         self._settings = self._described(reducers)
         left, share = shape.tokens_after_blocks(reducers)[-1], shape.macs(reducers) / shape.macs()
         rank_zero_info(
@@ -230,15 +228,13 @@ class TokenReduction(Callback, ABC):
     def _start_recording(self, draws: bool, counts: bool = True) -> None:
         trace = self.trace_source or (draws and self._drawn < self.visualize)
         if self._network is not None and (trace or (counts and self.decides)):
-            self._recording = record_tokens(self._network, trace)
-            self.records = self._recording.__enter__()
+            self.records = self._network.token_records = TokenRecords(trace)
 
     def _stop_recording(self) -> None:
-        if self._recording is None or self.records is None:
+        if self._network is None or self._network.token_records is None:
             return
-        self._recording.__exit__(None, None, None)
-        self._recording = None
-        for record in self.records.passes if self.decides else ():
+        records, self._network.token_records = self._network.token_records, None
+        for record in records.passes if self.decides else ():
             for block, entry in record.items():
                 if entry.pooled is not None:  # counted on the device: nothing here waits for it
                     count = torch.stack([entry.pooled.sum(), torch.ones_like(entry.pooled).sum()])

@@ -7,6 +7,7 @@ the same network.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
@@ -25,7 +26,7 @@ from callbacks.token_reduction.state import TokenRecords
 
 def patch(
     network: VisionTransformer, reducers: Mapping[int, Reducer], proportional_attention: bool = True
-) -> None:
+) -> ReducedTransformer:
     """Make `network` remove tokens in the given blocks, in place, without a parameter or buffer of its own.
 
     Example:
@@ -40,6 +41,9 @@ def patch(
         reducers: `{block index: Reducer}`, counted from 0.
         proportional_attention: add log(size) to the attention logits of the blocks after a merge.
 
+    Returns:
+        `network` itself, as what it is now.
+
     Raises:
         ValueError: an index outside of the network, a part of the network that token reduction does not
             know, or other settings than those that it is patched with already.
@@ -51,7 +55,7 @@ def patch(
                 f"The network is patched already, with {network.token_reduction}; it cannot also be patched "
                 f"with {reduction}. Use one token reduction callback for a network."
             )
-        return
+        return network
     _check(network, reduction)
     for index, reducer in reduction.reducers.items():
         block = network.blocks[index]
@@ -59,6 +63,7 @@ def patch(
         vars(block).update(block_index=index, token_reducer=reducer)
     network.__class__ = _reduced_class(type(network))
     vars(network).update(token_reduction=reduction, token_records=None)
+    return cast(ReducedTransformer, network)
 
 
 def unpatch(network: VisionTransformer) -> None:
