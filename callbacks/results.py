@@ -95,7 +95,7 @@ def run_directory(trainer: Trainer) -> Path:
 def announce(trainer: Trainer, text: str) -> None:
     """Print a line on rank 0, above whatever progress bar is live."""
     if trainer.is_global_zero:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
 
         tqdm.write(text)
 

@@ -81,7 +81,7 @@ class BudgetBar:
     """
 
     def __init__(self, label: str, seconds: float, enabled: bool = True) -> None:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
 
         self._seconds = seconds
         self._bar = tqdm(

@@ -1,4 +1,4 @@
-"""The published pairs: every row of the page's tables has its recipe, and student and teacher fit together."""
+"""The published pairs: every row of the tables has its recipe, and student and teacher fit together."""
 
 import re
 from functools import cache
