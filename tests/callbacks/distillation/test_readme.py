@@ -62,6 +62,7 @@ def test_there_are_commands():
 def test_the_example_trains(example, trainer, blob_data, tiny_student, tiny_teacher):
     from my_criterion import Cosine
 
-    run = trainer(callbacks=[DistillationTeacher(tiny_teacher(), None, Cosine(0.5))], limit_val_batches=0)
+    teacher = DistillationTeacher(tiny_teacher(), None, Cosine(0.5), image_size=32)
+    run = trainer(callbacks=[teacher], limit_val_batches=0)
     run.fit(tiny_student(), blob_data())
     assert 0 < run.callback_metrics["train/cosine/cosine"] < 1
