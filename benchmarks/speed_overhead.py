@@ -1,8 +1,8 @@
 """What the framework costs: a training step through `featherlight fit` against the same step in a bare
 PyTorch loop.
 
-Same network, weights, data module, loader, augmentation and optimiser; each side trains alternately in one
-process.
+Same network, weights, data module, loader, augmentation and optimiser, steps of one epoch; each side trains
+alternately in one process.
 """
 
 import argparse
@@ -38,14 +38,16 @@ class Stopwatch(Callback):
         Stopwatch.seconds = time.perf_counter() - self._start if trainer.global_step > WARM_UP else 0.0
 
 
-def data_options(root: Path, batch_size: int) -> dict:
-    return {"root": str(root), "sample": True, "batch_size": batch_size, "num_workers": 0, "drop_last": True}
+def data_options(root: Path, batch_size: int, steps: int) -> dict:
+    size = batch_size * (WARM_UP + steps)  # one epoch: a bare loop writes no checkpoint at the end of one
+    options = {"root": str(root), "sample": True, "sample_size": size, "batch_size": batch_size}
+    return {**options, "num_workers": 0, "drop_last": True}
 
 
 def through_featherlight(model: str, root: Path, batch_size: int, steps: int) -> float:
     arguments = ["fit", "--model", "ImageClassifier", "--model.init_args.model", model]
     arguments += ["--model.init_args.num_classes", "10", "--data", "CIFAR100DataModule"]
-    for key, value in data_options(root, batch_size).items():
+    for key, value in data_options(root, batch_size, steps).items():
         arguments += [
             f"--data.init_args.{key}",
             str(value).lower() if isinstance(value, bool) else str(value),
@@ -77,7 +79,7 @@ def bare_loop(model: str, root: Path, batch_size: int, steps: int) -> float:
     module = ImageClassifier(model, 10)
     network, mean, std = module.network.train(), module.mean, module.std
     transforms = ImageTransforms(image_size=32, train_crop="pad")
-    data = CIFAR100DataModule(transforms=transforms, **data_options(root, batch_size))
+    data = CIFAR100DataModule(transforms=transforms, **data_options(root, batch_size, steps))
     data.prepare_data()
     data.setup("fit")
     loader = data.train_dataloader()
