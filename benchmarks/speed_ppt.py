@@ -9,6 +9,7 @@ wall time between synchronisations, eager and as a captured CUDA graph.
 import argparse
 import copy
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -104,7 +105,9 @@ def peak_megabytes(arguments: argparse.Namespace, name: str, batch: int) -> floa
         f"--batches {batch} --model {arguments.model} --r {arguments.r} --device {arguments.device} --blocks"
     )
     command = [sys.executable, __file__, "--memory-of", name, *options.split(), *map(str, arguments.blocks)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # every tensor in pages of its own that go back when it is freed: what is measured then repeats
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return float(done.stdout.split()[-1])
 
 

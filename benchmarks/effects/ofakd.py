@@ -11,6 +11,7 @@ of main_job.py.
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import product
@@ -26,24 +27,13 @@ GAMMAS = (1.0, 1.2, 1.4)
 OFA_WEIGHTS = (0.1, 0.3, 1.0)
 SWEEP_SEEDS = 2
 SMOKE_IMAGES = 16
-SMOKE = [
-    "--trainer.max_epochs",
-    "1",
-    "--trainer.limit_train_batches",
-    "2",
-    "--trainer.limit_val_batches",
-    "1",
-]
+SMOKE = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
 
 
 def distilled(criterion: str, checkpoint: Path) -> list[str]:
     """Command-line options that plug in a criterion's drop-in file with our teacher."""
-    drop_in = [
-        f"--trainer.callbacks+={CALLBACKS / f'{criterion}.yaml'}",
-        "--trainer.callbacks.teacher",
-        "null",
-    ]
-    return [*drop_in, "--trainer.callbacks.weights", str(checkpoint)]
+    own = ["--trainer.callbacks.teacher", "null", "--trainer.callbacks.weights", str(checkpoint)]
+    return [f"--trainer.callbacks+={CALLBACKS / f'{criterion}.yaml'}", *own]
 
 
 def criteria(checkpoint: Path) -> dict[str, list[str]]:
@@ -94,8 +84,8 @@ def sweep_table(results: Results) -> str:
 
 def commands(names: Iterable[str], seed: int, runs: Path) -> str:
     """The command line that trained each variant, as the run's log has it."""
-    logs = [runs / f"{name}-{seed}" / "fit.log" for name in names]
-    return "\n".join(log.read_text().partition("\n")[0] for log in logs)
+    logs = [(runs / f"{name}-{seed}" / "fit.log").read_text() for name in names]
+    return "\n".join("featherlight fit" + re.split(r"featherlight fit|\n", log)[1] for log in logs)
 
 
 def runs_of(plugged: Mapping[str, list[str]], root: Path) -> dict[str, Callable[[int, Path], dict[str, Any]]]:

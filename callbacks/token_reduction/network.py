@@ -109,10 +109,14 @@ class CompressingBlock(Block):
             x = super().forward(x, attn_mask=state.bias)
             state.record(self.block_index, x.shape[1])
             return x
+        x = self._compressed(x, state)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def _compressed(self, x: Tensor, state: TokenState) -> Tensor:
+        """Attention and the rule; queries, keys and values are given back before the MLP needs its memory."""
         attended, evidence = attend(cast(Attention, self.attn), self.norm1(x), state.bias)
         x = x + self.drop_path1(self.ls1(attended))
-        x = self.token_reducer.reduce(self.block_index, x, evidence, state)
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return self.token_reducer.reduce(self.block_index, x, evidence, state)
 
 
 def attend(attention: Attention, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Evidence]:
