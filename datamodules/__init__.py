@@ -2,6 +2,8 @@
 
 from datamodules.base import DataModule, TransformImage, VisionDataModule
 from datamodules.cifar100 import CIFAR100DataModule
+from datamodules.coco import CocoDataModule
+from datamodules.coco_transforms import DecoPlusTransforms, DecoTransforms, DetectionTransforms
 from datamodules.imagenet import ImageFolderDataModule, ImageNetDataModule
 from datamodules.images import ImagesDataModule
 from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, hash_seed
@@ -11,8 +13,12 @@ from datamodules.transforms import PINNED, ImageTransforms
 __all__ = [
     "PINNED",
     "CIFAR100DataModule",
+    "CocoDataModule",
     "CorruptSampleError",
     "DataModule",
+    "DecoPlusTransforms",
+    "DecoTransforms",
+    "DetectionTransforms",
     "EpochSampler",
     "ImageFolderDataModule",
     "ImageNetDataModule",
