@@ -3,6 +3,16 @@
 from lightning_modules import students  # noqa: F401  (registers swin_nano and swin_pico with timm)
 from lightning_modules.base import Method
 from lightning_modules.classification import ImageClassifier
+from lightning_modules.deco import Deco, DecoDetector, DecoPlus, FocalCriterion, VarifocalCriterion
 from lightning_modules.schedules import WarmupSchedule
 
-__all__ = ["ImageClassifier", "Method", "WarmupSchedule"]
+__all__ = [
+    "Deco",
+    "DecoDetector",
+    "DecoPlus",
+    "FocalCriterion",
+    "ImageClassifier",
+    "Method",
+    "VarifocalCriterion",
+    "WarmupSchedule",
+]

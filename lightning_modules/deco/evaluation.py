@@ -1,0 +1,115 @@
+"""COCO's average precision, computed by pycocotools itself over the images of all ranks."""
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, distributed
+
+from lightning_modules.deco.boxes import Detections
+
+STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""COCO's twelve numbers in their order: precision at all and at single IoUs and by size, and recall."""
+
+
+class CocoEvaluation:
+    """Collects detections and ground truth of images, then gives COCO's numbers.
+
+    Each image counts once, whichever ranks saw it and however often. Nothing is exchanged before
+    `compute`, so the ranks may see different numbers of images, and none at all.
+
+    Example:
+        >>> evaluation = CocoEvaluation()
+        >>> evaluation.update(image_ids, detections, annotations)
+        >>> evaluation.compute()["AP"]
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all images."""
+        self._images: dict[int, tuple[NDArray[np.float64], Sequence[Mapping[str, Any]]]] = {}
+
+    def update(
+        self, image_ids: Tensor, detections: Detections, annotations: Sequence[Sequence[Mapping[str, Any]]]
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            image_ids: (batch,) int64.
+            detections: of these images, in pixels of the originals.
+            annotations: an image's ground truth: dictionaries of `bbox` (x, y, w, h) in pixels, `area`,
+                `iscrowd` and `category_id` (the label).
+        """
+        corners = detections.boxes.double().cpu().numpy()  # (batch, k, 4)
+        rows = np.concatenate(
+            [
+                corners[..., :2],
+                corners[..., 2:] - corners[..., :2],
+                detections.scores.double().cpu().numpy()[..., None],
+                detections.labels.cpu().numpy()[..., None],
+            ],
+            axis=-1,
+        )  # (batch, k, 6): x, y, w, h, score, label
+        for image_id, found, truth in zip(image_ids.tolist(), rows, annotations, strict=True):
+            self._images.setdefault(image_id, (found, truth))
+
+    def compute(self) -> dict[str, float]:
+        """The twelve numbers over all ranks, the same on each; -1 where no object is of a kind.
+
+        To be called on every rank. The images are kept until `reset`.
+        """
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return coco_statistics(self._images)
+        first = distributed.get_rank() == 0
+        parts: list[Any] | None = [None] * distributed.get_world_size() if first else None
+        distributed.gather_object(self._images, parts)
+        result: list[dict[str, float] | None] = [None]
+        if parts is not None:
+            images: dict[int, Any] = {}
+            for part in parts:
+                images = {**part, **images}
+            result = [coco_statistics(images)]
+        distributed.broadcast_object_list(result)
+        assert result[0] is not None
+        return result[0]
+
+
+def coco_statistics(
+    images: Mapping[int, tuple[NDArray[np.float64], Sequence[Mapping[str, Any]]]],
+) -> dict[str, float]:
+    """COCO's twelve numbers for boxes.
+
+    Args:
+        images: by id, detections (k, 6) as x, y, w, h, score, label, and the ground truth, see
+            `CocoEvaluation.update`.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    images = dict(sorted(images.items()))
+    truth = [
+        {**annotation, "image_id": key} for key, (_, objects) in images.items() for annotation in objects
+    ]
+    if not truth:  # pycocotools cannot evaluate nothing, and means -1 by it
+        return dict.fromkeys(STATISTICS, -1.0)
+    rows = [np.insert(found, 0, key, axis=1) for key, (found, _) in images.items()]
+    labels = {int(annotation["category_id"]) for annotation in truth}
+    with contextlib.redirect_stdout(io.StringIO()):
+        expected = COCO()
+        expected.dataset = {
+            "info": {},
+            "images": [{"id": key} for key in images],
+            "annotations": [{**annotation, "id": place} for place, annotation in enumerate(truth, start=1)],
+            "categories": [{"id": label} for label in sorted(labels)],
+        }
+        expected.createIndex()
+        evaluation = COCOeval(expected, expected.loadRes(np.concatenate(rows)), iouType="bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(STATISTICS, map(float, evaluation.stats), strict=True))

@@ -1,0 +1,243 @@
+"""DecoDetector: trains and tests DECO and DECO+."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_modules.base import Method, Terms
+from lightning_modules.deco.boxes import Detections, detections_of, normalised
+from lightning_modules.deco.deploy import deploy
+from lightning_modules.deco.evaluation import CocoEvaluation
+from lightning_modules.deco.losses import (
+    FocalCriterion,
+    SetCriterion,
+    Targets,
+    VarifocalCriterion,
+    matching_errors,
+    pad_targets,
+)
+from lightning_modules.deco.network import DetectionNetwork
+from lightning_modules.deco.plus import DecoPlus
+from lightning_modules.deco.released import load_backbone, load_detector
+
+
+class DecoDetector(Method):
+    """Query-based detection with convolutions only: the network decides whether it is DECO or DECO+.
+
+    Batches are dictionaries: `image` float32 (batch, 3, height, width) in [0, 1], `mask` bool (batch,
+    height, width), true for padding, and `targets`, one dictionary an image with `boxes` (n, 4) as (x1,
+    y1, x2, y2) in pixels, `labels` int64 (n,), `size` and `orig_size` (2,) as height and width in the
+    batch and on disk, and `image_id`. Evaluation also reads `annotations`, see `CocoEvaluation.update`;
+    prediction `index` and `path`.
+
+    Args:
+        network: `Deco` or `DecoPlus`, or another `DetectionNetwork`.
+        criterion: matching and losses; None is the published one for the network.
+        weights: a detector's checkpoint, the authors' or ours.
+        backbone_weights: `pretrained`, or a file with an ImageNet classifier; `weights` make it needless.
+        multi_scale: sides of squares; each training batch is resized to one of them (DECO+). None does not.
+        multi_scale_mode: `nearest` as published, or `bilinear`, which does not alias.
+        detections: kept of each image; None is the number of queries.
+        deployed: test and predict with the network's inference form, see `deploy`.
+        compile: `torch.compile` the network.
+        kwargs: optimiser, schedule and parameter groups, see `Method`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: DetectionNetwork,
+        criterion: SetCriterion | None = None,
+        weights: str | Path | None = None,
+        backbone_weights: str | Path | None = None,
+        multi_scale: list[int] | None = None,
+        multi_scale_mode: Literal["nearest", "bilinear"] = "nearest",
+        detections: int | None = None,
+        deployed: bool = False,
+        compile: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.network = network
+        if criterion is None:
+            criterion = VarifocalCriterion() if isinstance(network, DecoPlus) else FocalCriterion()
+        self.criterion = criterion
+        if weights is not None:
+            load_detector(network, weights)
+        elif backbone_weights is not None:
+            load_backbone(network, backbone_weights)
+        if compile:
+            network.compile()
+        self.num_classes = network.num_classes
+        self.multi_scale = multi_scale
+        self.multi_scale_mode = multi_scale_mode
+        self.detections = detections or network.num_queries
+        self.deployed = deployed
+        self._trained: tuple[DetectionNetwork, ...] = ()  # no submodule while it waits
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(network, name)).view(1, 3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+        self._evaluation = CocoEvaluation()
+
+    def setup(self, stage: str) -> None:
+        """Compare the class counts of data and model.
+
+        Raises:
+            MisconfigurationException: the data has more classes; names both numbers.
+        """
+        found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if found is not None and found > self.num_classes:
+            raise MisconfigurationException(
+                f"The data's labels go up to {found - 1}, but model.network.init_args.num_classes is "
+                f"{self.num_classes}."
+            )
+
+    # Inference
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] to what the network was made for; same shape."""
+        return (images - self.mean) / self.std
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """The network's outputs, see `DetectionNetwork`.
+
+        Args:
+            images: (batch, 3, height, width) in [0, 1].
+            mask: bool (batch, height, width), true for padding, which the network sees as zeros after the
+                normalisation; nothing else comes of it.
+        """
+        images = self.normalize(images)
+        if mask is not None:
+            images = images.masked_fill(mask[:, None], 0.0)
+        return self.network(images)
+
+    # Training
+
+    def augment(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Resize to one of the squares of `multi_scale`, boxes and all."""
+        if not self.multi_scale:
+            return batch
+        side = self.multi_scale[int(torch.randint(len(self.multi_scale), ()))]
+        return resized(batch, side, self.multi_scale_mode)
+
+    def compute(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """`logits` (batch, queries, classes) and `boxes` (batch, queries, 4), and auxiliary ones."""
+        return self(batch["image"], batch.get("mask"))
+
+    def losses(self, outputs: dict[str, Tensor], batch: dict[str, Any]) -> Terms:
+        """The criterion's terms; the share of wrong classes among the matched queries is logged beside."""
+        targets = self._targets(batch)
+        matches = self.criterion.match(outputs, targets)
+        errors = matching_errors(outputs["logits"], targets, matches)
+        self.log_dict({f"train/{name}": value for name, value in errors.items()}, batch_size=1)
+        return self.criterion(outputs, targets, matches)
+
+    def _targets(self, batch: dict[str, Any]) -> Targets:
+        boxes = [normalised(target["boxes"], target["size"]) for target in batch["targets"]]
+        return pad_targets([target["labels"] for target in batch["targets"]], boxes, self.num_classes)
+
+    # Evaluation
+
+    def detect(self, batch: dict[str, Any]) -> Detections:
+        """The best detections of each image, in pixels of the originals."""
+        outputs = self(batch["image"], batch.get("mask"))
+        sizes = torch.stack([target["orig_size"] for target in batch["targets"]])
+        return detections_of(outputs["logits"], outputs["boxes"], sizes, self.detections)
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin with no image."""
+        self._evaluation.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Begin with no image."""
+        self._evaluation.reset()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Collect detections and ground truth."""
+        self._collect(batch)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Collect detections and ground truth."""
+        self._collect(batch)
+
+    def _collect(self, batch: dict[str, Any]) -> None:
+        if "annotations" not in batch:
+            raise MisconfigurationException(
+                "DecoDetector evaluates batches that have `annotations`, as those of CocoDataModule have."
+            )
+        image_ids = torch.stack([target["image_id"] for target in batch["targets"]])
+        self._evaluation.update(image_ids, self.detect(batch), batch["annotations"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/AP` and COCO's eleven other numbers."""
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/AP` and COCO's eleven other numbers."""
+        self._report("test")
+
+    def _report(self, stage: str) -> None:
+        for name, value in self._evaluation.compute().items():
+            # every rank has the same numbers
+            self.log(f"{stage}/{name}", value, prog_bar=name == "AP")
+        self._evaluation.reset()
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """`scores` and `labels` (batch, k), `boxes` (batch, k, 4) in pixels of the originals, and the images'
+        `image_id` (batch,), `orig_size` (batch, 2), `index` and `path`.
+        """
+        targets = batch["targets"]
+        known: dict[str, Any] = {key: batch[key] for key in ("index", "path") if key in batch}
+        known |= {key: torch.stack([target[key] for target in targets]) for key in ("image_id", "orig_size")}
+        return {**self.detect(batch)._asdict(), **known}
+
+    # Deployment
+
+    def on_test_start(self) -> None:
+        """Change to the inference form if wanted."""
+        self._deploy()
+
+    def on_predict_start(self) -> None:
+        """Change to the inference form if wanted."""
+        self._deploy()
+
+    def on_test_end(self) -> None:
+        """Change back; by now every callback has reported."""
+        self._restore()
+
+    def on_predict_end(self) -> None:
+        """Change back."""
+        self._restore()
+
+    def _deploy(self) -> None:
+        if self.deployed:
+            self._trained, self.network = (self.network,), deploy(self.network)
+
+    def _restore(self) -> None:
+        if self._trained:
+            (self.network,), self._trained = self._trained, ()
+
+
+def resized(batch: dict[str, Any], side: int, mode: Literal["nearest", "bilinear"]) -> dict[str, Any]:
+    """A detection batch with its images resized to `side` x `side` pixels, and boxes and sizes with them."""
+    height, width = batch["image"].shape[-2:]
+    if (height, width) == (side, side):
+        return batch
+    images = F.interpolate(
+        batch["image"], (side, side), mode=mode, align_corners=None if mode == "nearest" else False
+    )
+    mask = F.interpolate(batch["mask"][:, None].float(), (side, side))[:, 0] > 0
+    factors = torch.tensor([side / width, side / height] * 2, device=images.device)
+    targets = [_scaled_target(target, factors) for target in batch["targets"]]
+    return {**batch, "image": images, "mask": mask, "targets": targets}
+
+
+def _scaled_target(target: dict[str, Tensor], factors: Tensor) -> dict[str, Tensor]:
+    size = target["size"] * factors[:2].flip(0)
+    return {**target, "boxes": target["boxes"] * factors, "size": size}

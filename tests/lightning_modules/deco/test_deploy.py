@@ -1,0 +1,116 @@
+"""The inference form gives the trained network's outputs with less work, and leaves the network alone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from callbacks.export import export_onnx
+from lightning_modules.deco.deploy import deploy
+from lightning_modules.deco.network import Deco
+from lightning_modules.deco.packing import PackedConv2d, PackedLinear, can_pack
+from lightning_modules.deco.plus import DecoPlus
+from lightning_modules.deco.plus_encoder import RepBlock
+from tests.golden.fill import fill, inputs
+
+SMALL = {
+    "num_classes": 6,
+    "backbone": "small",
+    "num_queries": 20,
+    "grid_height": 4,
+    "hidden_dim": 24,
+    "encoder_widths": (8, 16, 24),
+    "encoder_depths": (1, 1, 1),
+    "decoder_layers": 2,
+}
+
+
+class Positional(nn.Module):
+    """What the exporter takes: inputs by position."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *images):
+        return self.network(*images)
+
+
+def largest_difference(first: dict, second: dict) -> float:
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+@pytest.mark.parametrize(("channels_last", "packed"), [(False, False), (True, False), (True, None)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_small_deco_gives_the_same(channels_last, packed, batch):
+    network = fill(Deco(**SMALL)).eval()
+    deployed = deploy(network, channels_last, packed)
+    with torch.inference_mode():
+        for height in (48, 64):  # packed weights are for a size: the second one must come out right, too
+            images = inputs("deco/deploy", (batch, 3, height, 64))
+            assert largest_difference(network(images), deployed(images)) < 1e-5
+            assert largest_difference(network(images), deployed(images)) < 1e-5
+
+
+def test_deco_r50_gives_the_same():
+    network = fill(Deco()).eval()
+    deployed = deploy(network)
+    with torch.inference_mode():
+        images = inputs("deco/deploy", (1, 3, 128, 160))
+        assert largest_difference(network(images), deployed(images)) < 1e-5
+    kinds = {type(module) for module in deployed.modules()}
+    assert not kinds & {FrozenBatchNorm2d, nn.BatchNorm2d}
+    assert len(deployed.class_embed) == len(deployed.bbox_embed) == 1
+    assert len(network.class_embed) == 6, "the trained network must stay as it was"
+
+
+def test_decoplus_gives_the_same(golden):
+    case = golden["decoplus_r18_192x256"]  # its selection of queries does not hang on a rounding
+    network = fill(DecoPlus(depth=18)).eval()
+    deployed = deploy(network)
+    images = inputs(case["input_label"], tuple(case["input_shape"]))
+    with torch.inference_mode():
+        assert largest_difference(network(images), deployed(images)) < 1e-5
+    kinds = {type(module) for module in deployed.modules()}
+    assert not kinds & {RepBlock, nn.BatchNorm2d}
+    assert len(deployed.decoder.dec_score_head) == 1
+    assert len(deployed.decoder.dec_bbox_head) == 3
+
+
+@pytest.mark.parametrize(("depth", "count"), [(18, 22_030_128), (50, 44_383_660)])
+def test_fused_rep_blocks_have_the_published_number_of_parameters(depth, count):
+    network = DecoPlus(depth=depth).eval()
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, RepBlock):
+                setattr(parent, name, child.fused())
+    assert sum(parameter.numel() for parameter in network.parameters()) == count
+
+
+@pytest.mark.skipif(not can_pack(), reason="this PyTorch has no oneDNN operators to pack for")
+def test_packed_layers_are_ordinary_to_everyone_else():
+    deployed = deploy(fill(Deco(**SMALL)))
+    kinds = [type(module) for module in deployed.modules()]
+    assert PackedConv2d in kinds
+    assert PackedLinear in kinds
+    assert nn.Conv2d not in kinds
+    images = inputs("deco/deploy", (1, 3, 48, 64))
+    with torch.inference_mode():
+        before = deployed(images)
+        for other in (copy.deepcopy(deployed), pickle.loads(pickle.dumps(deployed))):
+            assert largest_difference(before, other(images)) < 1e-6
+        double = copy.deepcopy(deployed).double()
+        assert (double(images.double())["logits"] - before["logits"]).abs().max() < 1e-4
+    names = set(deploy(fill(Deco(**SMALL)), packed=False).state_dict())
+    assert set(deployed.state_dict()) == names
+
+
+def test_deployed_deco_exports_to_onnx_with_a_free_batch(tmp_path):
+    deployed = Positional(deploy(fill(Deco(**SMALL)))).eval()
+    report = export_onnx(deployed, (inputs("deco/onnx", (1, 3, 48, 64)),), tmp_path / "deco.onnx")
+    assert report["max_abs_difference"] < 1e-4
+    assert (tmp_path / "deco.onnx").is_file()
