@@ -2,6 +2,8 @@
 
 from callbacks.checkpointing import AtomicCheckpointIO, RunCheckpoint
 from callbacks.cka import CKAAnalysis
+from callbacks.detection_teacher import DetectionTeacher
+from callbacks.detection_writer import DetectionWriter
 from callbacks.distillation import (
     BKD,
     CC,
@@ -38,6 +40,8 @@ __all__ = [
     "CKAAnalysis",
     "ClassificationWriter",
     "Criterion",
+    "DetectionTeacher",
+    "DetectionWriter",
     "DistillationTeacher",
     "EViT",
     "EfficiencyReport",
