@@ -101,7 +101,7 @@ def plot_layers(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         path: of the file.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(max(6, 0.22 * len(rows) + 3), 6.5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -112,8 +112,9 @@ def plot_layers(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         upper.set_ylim(min(shares) / 1.5, min(1.2, 1.5 * max(shares)))
     upper.axhline(1 - summary(rows)["sparsity"], color="tab:gray", linestyle=":", label="all layers")
     upper.set(ylabel="share of weights kept", yscale="log")
-    for formatter in (upper.yaxis.set_major_formatter, upper.yaxis.set_minor_formatter):
-        formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
+    upper.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    upper.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g} %"))
+    upper.yaxis.set_minor_formatter(NullFormatter())
     upper.legend()
     for column, label, colour in (
         ("delta_rank", "delta-rank (0.1)", "tab:green"),

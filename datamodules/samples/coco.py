@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from scipy.ndimage import binary_fill_holes
 
 from datamodules.samples.writing import ensure_sample
 
@@ -21,12 +20,30 @@ CATEGORIES = {1: "circle", 2: "square", 4: "triangle", 6: "star", 7: "cross", 9:
 """Category ids have gaps, as COCO's do."""
 
 EMPTY_SHARE = 0.08
-CROWD_SHARE = 0.15
 HIDDEN = 0.2  # an object of which less is seen is not annotated
 _FINE = 4  # shapes are drawn this many times larger and averaged down, for soft edges
 
 
-def write_coco(root: Path, size: int = 200, image_size: int = 160, seed: int = 0) -> None:
+@dataclass(frozen=True)
+class SceneStyle:
+    """How hard scenes are.
+
+    Args:
+        most: shapes in a scene, a crowd's not counted.
+        radii: least and largest radius of a shape, as shares of the shorter side.
+        crowds: share of scenes with a crowd.
+        longest: longer side over the shorter one, at most.
+    """
+
+    most: int = 7
+    radii: tuple[float, float] = (0.06, 0.28)
+    crowds: float = 0.15
+    longest: float = 1.5
+
+
+def write_coco(
+    root: Path, size: int = 200, image_size: int = 160, seed: int = 0, style: SceneStyle = SceneStyle()
+) -> None:
     """Writes a COCO 2017 of drawn scenes into ``root``, unless it is there.
 
     That is ``{train,val}2017/<12 digits>.jpg``, ``annotations/instances_{train,val}2017.json`` (polygons of
@@ -35,25 +52,34 @@ def write_coco(root: Path, size: int = 200, image_size: int = 160, seed: int = 0
     Args:
         root: folder that gets them.
         size: number of training images; a quarter as many are for validation.
-        image_size: length of the shorter side, pixels; the longer one is up to half as long again.
+        image_size: length of the shorter side, pixels.
         seed: the same seed gives the same scenes.
+        style: of the scenes.
 
     Raises:
         MisconfigurationException: when something else is there.
     """
-    settings = {"size": size, "image_size": image_size, "seed": seed}
+    settings: dict[str, Any] = {"size": size, "image_size": image_size, "seed": seed}
+    if style != SceneStyle():
+        settings["style"] = {**vars(style), "radii": list(style.radii)}  # as JSON gives it back
 
     def write(folder: Path) -> None:
         (folder / "annotations").mkdir()
         for part, (split, count) in enumerate((("train2017", size), ("val2017", max(1, size // 4)))):
             rng = np.random.default_rng(2 * seed + part)
-            _write_split(folder, split, count, image_size, 1 + 1_000_000 * part, rng)
+            _write_split(folder, split, count, image_size, 1 + 1_000_000 * part, rng, style)
 
     ensure_sample(root, settings, write)
 
 
 def _write_split(
-    root: Path, split: str, count: int, image_size: int, first_id: int, rng: np.random.Generator
+    root: Path,
+    split: str,
+    count: int,
+    image_size: int,
+    first_id: int,
+    rng: np.random.Generator,
+    style: SceneStyle,
 ) -> None:
     (root / split).mkdir()
     images: list[dict[str, Any]] = []
@@ -62,9 +88,9 @@ def _write_split(
     for number in range(count):
         image_id = first_id + 37 * number
         name = f"{image_id:012d}.jpg"
-        long = int(image_size * rng.uniform(1, 1.5))
+        long = int(image_size * rng.uniform(1, style.longest))
         height, width = (image_size, long) if rng.random() < 0.7 else (long, image_size)
-        scene = draw_scene(height, width, rng, empty=number % round(1 / EMPTY_SHARE) == 5)
+        scene = draw_scene(height, width, rng, number % round(1 / EMPTY_SHARE) == 5, style)
         Image.fromarray(scene.picture).save(root / split / name, quality=92)
         images.append({"id": image_id, "file_name": name, "height": height, "width": width, "license": 1})
         for instance in scene.annotations:
@@ -96,25 +122,32 @@ class Scene:
     """COCO's `category_id`, `bbox`, `area`, `iscrowd` and `segmentation`, one an object that is seen."""
 
 
-def draw_scene(height: int, width: int, rng: np.random.Generator, empty: bool = False) -> Scene:
-    """Draws one to seven shapes over each other, and now and then a crowd of small ones behind them.
+def draw_scene(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    empty: bool = False,
+    style: SceneStyle = SceneStyle(),
+) -> Scene:
+    """Draws some shapes over each other, and now and then a crowd of small ones behind them.
 
     Args:
         height: of the picture, pixels.
         width: of the picture, pixels.
         rng: everything random comes from it.
         empty: a ground without shapes.
+        style: how many shapes, how large.
     """
     picture = _ground(height, width, rng)
     side = min(height, width)
     layers: list[tuple[int, Mask, bool, int]] = []  # category, mask, crowd, pixels before others came
     if not empty:
-        if rng.random() < CROWD_SHARE:
+        if rng.random() < style.crowds:
             category = int(rng.choice(list(CATEGORIES)))
             layers.append((category, _crowd(picture, category, side, rng), True, 0))
-        for _ in range(int(rng.integers(1, 8))):
+        for _ in range(int(rng.integers(1, style.most + 1))):
             category = int(rng.choice(list(CATEGORIES)))
-            radius = side * float(np.exp(rng.uniform(np.log(0.06), np.log(0.28))))
+            radius = side * float(np.exp(rng.uniform(*np.log(style.radii))))
             centre = (
                 rng.uniform(0.5 * radius, width - 0.5 * radius),
                 rng.uniform(0.5 * radius, height - 0.5 * radius),
@@ -218,7 +251,6 @@ def _annotation(category: int, mask: Mask, crowd: bool) -> dict[str, Any]:
 
     if not crowd:
         mask = binary_fill_holes(mask)  # polygons, whose union counts, have no words for a hole
-    mask = mask if crowd else binary_fill_holes(mask)  # polygons have no holes, in COCO neither
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     left, top = int(columns[0]), int(rows[0])
     return {
