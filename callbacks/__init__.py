@@ -19,12 +19,15 @@ from callbacks.distillation import (
 )
 from callbacks.efficiency import EfficiencyReport
 from callbacks.export import ONNXExport
+from callbacks.generator_report import GeneratorReport
 from callbacks.objective import FeatureTaps, FrozenNetwork, ObjectiveCallback
 from callbacks.prediction_writers import ClassificationWriter, PredictionWriter
 from callbacks.preemption import Preemption
 from callbacks.pruning import MagnitudePruning, PruningCallback, RankPruning, RigL
 from callbacks.results import Results
 from callbacks.resuming import ExactResume
+from callbacks.score_writer import ScoreWriter
+from callbacks.stage_logger import StageLogger
 from callbacks.token_reduction import EViT, TokenPruningPooling, TokenReduction, ToMe
 
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "FeatureTaps",
     "FitNet",
     "FrozenNetwork",
+    "GeneratorReport",
     "MagnitudePruning",
     "ONNXExport",
     "ObjectiveCallback",
@@ -59,6 +63,8 @@ __all__ = [
     "Results",
     "RigL",
     "RunCheckpoint",
+    "ScoreWriter",
+    "StageLogger",
     "ToMe",
     "TokenPruningPooling",
     "TokenReduction",

@@ -4,6 +4,8 @@ from datamodules.base import DataModule, TransformImage, VisionDataModule
 from datamodules.cifar100 import CIFAR100DataModule
 from datamodules.coco import CocoDataModule
 from datamodules.coco_transforms import DecoPlusTransforms, DecoTransforms, DetectionTransforms
+from datamodules.fake_images import FakeImagesDataModule
+from datamodules.fake_images_transforms import Degradation, FakeImageTransforms
 from datamodules.imagenet import ImageFolderDataModule, ImageNetDataModule
 from datamodules.images import ImagesDataModule
 from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, hash_seed
@@ -18,8 +20,11 @@ __all__ = [
     "DataModule",
     "DecoPlusTransforms",
     "DecoTransforms",
+    "Degradation",
     "DetectionTransforms",
     "EpochSampler",
+    "FakeImageTransforms",
+    "FakeImagesDataModule",
     "ImageFolderDataModule",
     "ImageNetDataModule",
     "ImageTransforms",

@@ -4,15 +4,31 @@ from lightning_modules import students  # noqa: F401  (registers swin_nano and s
 from lightning_modules.base import Method
 from lightning_modules.classification import ImageClassifier
 from lightning_modules.deco import Deco, DecoDetector, DecoPlus, FocalCriterion, VarifocalCriterion
+from lightning_modules.gendet import (
+    CNNDetector,
+    FakeDetector,
+    GenDet,
+    ImageEncoder,
+    LinearProbe,
+    NearestNeighbors,
+    StageSchedule,
+)
 from lightning_modules.schedules import WarmupSchedule
 
 __all__ = [
+    "CNNDetector",
     "Deco",
     "DecoDetector",
     "DecoPlus",
+    "FakeDetector",
     "FocalCriterion",
+    "GenDet",
     "ImageClassifier",
+    "ImageEncoder",
+    "LinearProbe",
     "Method",
+    "NearestNeighbors",
+    "StageSchedule",
     "VarifocalCriterion",
     "WarmupSchedule",
 ]

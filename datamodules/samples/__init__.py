@@ -3,6 +3,7 @@ demonstrations.
 """
 
 from datamodules.samples.cifar100 import write_cifar
+from datamodules.samples.fake_images import write_fake_images
 from datamodules.samples.imagenet import write_image_folders, write_pictures
 
-__all__ = ["write_cifar", "write_image_folders", "write_pictures"]
+__all__ = ["write_cifar", "write_fake_images", "write_image_folders", "write_pictures"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -25,7 +26,7 @@ from datamodules.coco_transforms import (
     resize_short_side,
     short_side_size,
 )
-from datamodules.samples.coco import CATEGORIES, draw_scene, write_coco
+from datamodules.samples.coco import CATEGORIES, SceneStyle, draw_scene, write_coco
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "deco.json").read_text())["cases"]
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -428,3 +429,20 @@ def test_the_same_seed_draws_the_same_scene():
     one, two = (draw_scene(40, 50, np.random.default_rng(3)) for _ in range(2))
     assert (one.picture == two.picture).all()
     assert one.annotations == two.annotations
+
+
+def test_easy_scenes_are_large_shapes_of_one_category(tmp_path):
+    style = SceneStyle(most=1, radii=(0.2, 0.3), crowds=0.0, longest=1.0, named=False)
+    module = CocoDataModule(
+        tmp_path / "coco", sample=True, sample_size=8, sample_image_size=64, sample_style=style
+    )
+    module.prepare_data()
+    module.setup("fit")
+    assert module.class_names == ["no class", "shape"]
+    for sample in module.datasets["train"]:
+        assert sample["image"].size == (64, 64)
+        assert len(sample["labels"]) <= 1
+        assert all(width > 12 for width in sample["boxes"][:, 2] - sample["boxes"][:, 0])
+    again = CocoDataModule(tmp_path / "coco", sample=True, sample_size=8, sample_image_size=64)
+    with pytest.raises(MisconfigurationException, match="holds a sample made with"):
+        again.prepare_data()
