@@ -20,25 +20,31 @@ from callbacks.distillation import (
 from callbacks.efficiency import EfficiencyReport
 from callbacks.export import ONNXExport
 from callbacks.generator_report import GeneratorReport
+from callbacks.lm_eval import LMEvaluation
 from callbacks.objective import FeatureTaps, FrozenNetwork, ObjectiveCallback
 from callbacks.prediction_writers import ClassificationWriter, PredictionWriter
 from callbacks.preemption import Preemption
 from callbacks.pruning import MagnitudePruning, PruningCallback, RankPruning, RigL
+from callbacks.quantization import CBQ, GPTQ, RTN, QuantizationCallback
 from callbacks.results import Results
 from callbacks.resuming import ExactResume
 from callbacks.score_writer import ScoreWriter
 from callbacks.stage_logger import StageLogger
+from callbacks.text_writer import TextWriter
 from callbacks.token_reduction import EViT, TokenPruningPooling, TokenReduction, ToMe
 
 __all__ = [
     "BKD",
+    "CBQ",
     "CC",
     "CRD",
     "DIST",
     "DKD",
+    "GPTQ",
     "KD",
     "OFA",
     "RKD",
+    "RTN",
     "AtomicCheckpointIO",
     "CKAAnalysis",
     "ClassificationWriter",
@@ -53,18 +59,21 @@ __all__ = [
     "FitNet",
     "FrozenNetwork",
     "GeneratorReport",
+    "LMEvaluation",
     "MagnitudePruning",
     "ONNXExport",
     "ObjectiveCallback",
     "PredictionWriter",
     "Preemption",
     "PruningCallback",
+    "QuantizationCallback",
     "RankPruning",
     "Results",
     "RigL",
     "RunCheckpoint",
     "ScoreWriter",
     "StageLogger",
+    "TextWriter",
     "ToMe",
     "TokenPruningPooling",
     "TokenReduction",

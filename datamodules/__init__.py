@@ -10,6 +10,7 @@ from datamodules.imagenet import ImageFolderDataModule, ImageNetDataModule
 from datamodules.images import ImagesDataModule
 from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, hash_seed
 from datamodules.reading import CorruptSampleError, read_image
+from datamodules.text import TextDataModule
 from datamodules.transforms import PINNED, ImageTransforms
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ImagesDataModule",
     "ResumableLoader",
     "SeededDataset",
+    "TextDataModule",
     "TransformImage",
     "VisionDataModule",
     "hash_seed",

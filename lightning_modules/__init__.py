@@ -13,10 +13,12 @@ from lightning_modules.gendet import (
     NearestNeighbors,
     StageSchedule,
 )
+from lightning_modules.language_model import CausalLanguageModel
 from lightning_modules.schedules import WarmupSchedule
 
 __all__ = [
     "CNNDetector",
+    "CausalLanguageModel",
     "Deco",
     "DecoDetector",
     "DecoPlus",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from callbacks.quantization.activations import quantize_tokens, token_steps
-from callbacks.quantization.gptq import gptq_integers
+from callbacks.quantization.error_feedback import gptq_integers
 from callbacks.quantization.grid import fit_grid, from_integers, to_integers
 from callbacks.quantization.losses import hidden_error, reconstruction_loss
 from callbacks.quantization.outliers import channel_scales, detect_outliers, two_sided_scales
@@ -68,7 +68,9 @@ def test_penalty_and_schedule(golden):
         close(penalty.mean(), case["mean"])
         close(penalty.sum(), case["sum"])
     case = golden["beta_schedule"]
-    found = [beta_at(step, case["total"], case["start"], case["end"], case["warmup"]) for step in case["steps"]]
+    found = [
+        beta_at(step, case["total"], case["start"], case["end"], case["warmup"]) for step in case["steps"]
+    ]
     assert found == pytest.approx(case["beta"])
 
 
@@ -81,7 +83,9 @@ def test_lora_rounding(golden, inputs, index):
     rounding = LearnedRounding(weight, case["bits"], case["group"], case["symmetric"], rank)
     rounding.hard = False
     grid = fit_grid(weight, case["bits"], case["group"], case["symmetric"])
-    assert torch.equal(rounding.integers().double(), to_integers(weight, grid)) == case["init_hard_equals_rtn"]
+    assert (
+        torch.equal(rounding.integers().double(), to_integers(weight, grid)) == case["init_hard_equals_rtn"]
+    )
     # the golden deviation counts what the clamp cuts off, too
     deviation = (rounding() - weight).abs().amax().item()
     assert deviation == pytest.approx(case["init_w_soft_max_abs_dev_from_W_inside_range"], abs=1e-6)
@@ -114,7 +118,11 @@ def test_detection(golden, inputs, rule, min_gap):
         wanted = case[rule]
         found = detect_outliers(values_of(case, inputs), case["lam1"], case["lam2"], min_gap)
         assert found.coarse_threshold == pytest.approx(wanted["T"], rel=1e-5)
-        assert (found.coarse, found.outliers, found.split) == (wanted["n_coarse"], wanted["n_outliers"], wanted["i"])
+        assert (found.coarse, found.outliers, found.split) == (
+            wanted["n_coarse"],
+            wanted["n_outliers"],
+            wanted["i"],
+        )
         assert found.threshold == pytest.approx(wanted["threshold"], rel=1e-5)
         if wanted["M"] is not None:
             assert found.merit == pytest.approx(wanted["M"], rel=1e-5, abs=1e-6)
@@ -154,7 +162,9 @@ def test_windows(golden):
 
 def test_reconstruction_loss(golden, inputs):
     for case in golden["reconstruction_loss"]:
-        target, homologous, output = (inputs(case["labels"][key], case["shape"]) for key in ("fp", "homo", "quant"))
+        target, homologous, output = (
+            inputs(case["labels"][key], case["shape"]) for key in ("fp", "homo", "quant")
+        )
         close(hidden_error(target, output, kl=False), case["mse_fp_q"])
         close(hidden_error(target, output, l2=False), case["kl_fp_q"])
         close(hidden_error(homologous, output, kl=False), case["mse_homo_q"])

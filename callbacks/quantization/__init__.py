@@ -1,0 +1,24 @@
+"""Post-training quantization of language models: RTN, GPTQ and CBQ, and the pieces that they are made of."""
+
+from callbacks.quantization.base import QuantizationCallback
+from callbacks.quantization.cbq import CBQ
+from callbacks.quantization.cross_block import CrossBlock
+from callbacks.quantization.export import export_model
+from callbacks.quantization.gptq import GPTQ
+from callbacks.quantization.rtn import RTN
+from callbacks.quantization.scheme import Scheme, resolve_schemes
+from callbacks.quantization.sequential import SequentialGPTQ
+from callbacks.quantization.settings import CrossBlockSettings
+
+__all__ = [
+    "CBQ",
+    "GPTQ",
+    "RTN",
+    "CrossBlock",
+    "CrossBlockSettings",
+    "QuantizationCallback",
+    "Scheme",
+    "SequentialGPTQ",
+    "export_model",
+    "resolve_schemes",
+]

@@ -1,0 +1,265 @@
+"""QuantizationCallback: quantizes a language model before it is evaluated, exports it, and says what was
+done.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from callbacks.quantization.activations import ActivationMode
+from callbacks.quantization.blocks import find_blocks, linear_layers
+from callbacks.quantization.export import ExportFormat, compression_config, export_model
+from callbacks.quantization.layers import QuantizedMatrix
+from callbacks.quantization.report import describe
+from callbacks.quantization.scheme import Scheme, resolve_schemes
+from callbacks.results import announce, run_directory, write_json
+from lightning_modules.language_model import CausalLanguageModel
+
+Export = Literal["none", "dense", "compressed-tensors", "both"]
+
+
+class QuantizationCallback(Callback, ABC):
+    """What RTN, GPTQ and CBQ have in common: which layers, how, when, the export and the report.
+
+    The model is quantized once, at the start of `validate`, `test` or `predict`; `fit` is left alone. What is
+    measured then, and what stays behind, is the quantized model: plain weights in their places, and hooks
+    that quantize activations where that was asked for. `test --ckpt_path auto` quantizes what `fit` has
+    trained.
+
+    Args:
+        bits: of the weights, 2..8; 16 leaves them alone.
+        group_size: weights of a row that share a step, must divide the inputs of every layer; -1: the row.
+        symmetric: no zero points.
+        activation_bits: of the layers' inputs, 2..8; 16 leaves them alone.
+        activation_mode: `dynamic_token` takes a step from each token; `static_tensor` learns one (CBQ only).
+        targets: which linear layers inside the blocks: globs over their names, class names, or `re:` and a
+            regular expression.
+        ignore: which of these not.
+        overrides: `{pattern: {bits: 8, group_size: -1, ...}}` for some layers; later ones win.
+        blocks: path of the list of blocks; None finds the longest list of one class.
+        export: what is written into the run directory: `dense` and `compressed-tensors` are folders of that
+            name, which transformers loads.
+        baseline: also measure the perplexity before quantization, on the same batches.
+
+    Raises:
+        ValueError: an option is out of its range, a pattern matches nothing, or a group size does not divide.
+        MisconfigurationException: the module is no CausalLanguageModel, or the model has no such layers.
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        bits: int = 4,
+        group_size: int = -1,
+        symmetric: bool = False,
+        activation_bits: int = 16,
+        activation_mode: ActivationMode = "dynamic_token",
+        targets: list[str] | None = None,
+        ignore: list[str] | None = None,
+        overrides: dict[str, dict[str, Any]] | None = None,
+        blocks: str | None = None,
+        export: Export = "none",
+        baseline: bool = True,
+    ) -> None:
+        self.scheme = Scheme(bits, group_size, symmetric, activation_bits, activation_mode)
+        self.targets = targets or ["*"]
+        self.ignore = ignore or []
+        self.overrides = overrides or {}
+        self.blocks = blocks
+        self.export = export
+        self.baseline = baseline
+        self.matrices: dict[str, QuantizedMatrix] = {}
+        self.report: dict[str, Any] = {}
+        self._handles: list[RemovableHandle] = []
+        self._done = False
+
+    @abstractmethod
+    def quantize(
+        self, trainer: Trainer, module: CausalLanguageModel, blocks: str, schemes: dict[str, Scheme]
+    ) -> tuple[dict[str, QuantizedMatrix], list[RemovableHandle], dict[str, Any]]:
+        """Quantize `module.network` in place.
+
+        Args:
+            trainer: of the run.
+            module: in eval mode, on its device.
+            blocks: path of the blocks in the network.
+            schemes: `{layer name: scheme}`.
+
+        Returns:
+            The integers by layer name, the hooks that quantize activations, and what the report should say.
+        """
+
+    # When
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find every mistake before anything is computed."""
+        if stage == "fit" or self._done:
+            return
+        if type(trainer.strategy).__name__ in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs whole weights on each rank; "
+                f"{type(trainer.strategy).__name__} shards "
+                "them. Use one device, or DDP to share the calibration."
+            )
+        self._resolve(self._model(pl_module))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Quantize, in `validate`; the validations inside a `fit` are of the model that is trained."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._run(trainer, self._model(pl_module), trainer.val_dataloaders)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Quantize, in `test`."""
+        self._run(trainer, self._model(pl_module), trainer.test_dataloaders)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Quantize, in `predict`."""
+        self._run(trainer, self._model(pl_module), None)
+
+    def release(self) -> None:
+        """Stop quantizing activations; the weights stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # What
+
+    def _model(self, module: LightningModule) -> CausalLanguageModel:
+        if not isinstance(module, CausalLanguageModel):
+            raise MisconfigurationException(
+                f"{type(self).__name__} quantizes a CausalLanguageModel; {type(module).__name__} is none."
+            )
+        module.load()
+        return module
+
+    def _resolve(self, module: CausalLanguageModel) -> tuple[str, dict[str, Scheme]]:
+        """Path of the blocks and the scheme of every layer."""
+        config = getattr(module.network.config, "quantization_config", None)
+        if config is not None:
+            raise MisconfigurationException(
+                "The model is quantized already: its config has a quantization_config."
+            )
+        path, _ = find_blocks(module.network, self.blocks)
+        layers = linear_layers(module.network, path)
+        schemes = resolve_schemes(layers, self.scheme, self.targets, self.ignore, self.overrides)
+        self.check(schemes)
+        if self.export in ("compressed-tensors", "both"):
+            empty = torch.zeros(0)
+            compression_config(
+                module.network,
+                {n: QuantizedMatrix(s, empty if s.bits < 16 else None) for n, s in schemes.items()},
+            )
+        return path, schemes
+
+    def check(self, schemes: Mapping[str, Scheme]) -> None:
+        """Refuse what this method cannot do."""
+        if any(s.activation_mode == "static_tensor" and s.activation_bits < 16 for s in schemes.values()):
+            raise ValueError(
+                "activation_mode: static_tensor has a step that must be learned, and "
+                f"{type(self).__name__} learns "
+                "none: use dynamic_token, or CBQ."
+            )
+
+    def _run(self, trainer: Trainer, module: CausalLanguageModel, loaders: Any) -> None:
+        if self._done:
+            return
+        blocks, schemes = self._resolve(module)
+        before = None
+        if self.baseline and loaders is not None:
+            before = self._perplexity(trainer, module, loaders)
+        kinds = sorted({str(scheme) for scheme in schemes.values()})
+        rank_zero_info(f"{type(self).__name__}: {len(schemes)} layers, {', '.join(kinds)}.")
+        training = module.network.training
+        module.network.eval()
+        # evaluation loops run in inference mode, whose tensors no graph can hold
+        with torch.inference_mode(False), torch.enable_grad():
+            self.matrices, self._handles, found = self.quantize(trainer, module, blocks, schemes)
+        module.network.train(training)
+        self._done = True
+        self.report = describe(module.network, self.matrices, self.scheme) | found
+        if before is not None:
+            self.report["perplexity_before"] = before
+        self._write(trainer, module)
+
+    def _perplexity(self, trainer: Trainer, module: CausalLanguageModel, loaders: Any) -> float:
+        """Over all ranks, before quantization."""
+        from lightning_modules.language_model import TokenLikelihood, token_nll
+
+        metric = TokenLikelihood("perplexity").to(module.device)
+        loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
+        limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            for loader in loaders:
+                bound = int(limit * len(loader)) if isinstance(limit, float) else limit
+                for number, batch in enumerate(loader):
+                    if number >= bound:
+                        break
+                    ids = batch["input_ids"].to(module.device)
+                    metric.update(token_nll(module(ids), ids))
+        return float(metric.compute())
+
+    # Calibration data
+
+    def segments(self, trainer: Trainer) -> Tensor:
+        """The calibration segments (count, length), all of them.
+
+        Raises:
+            MisconfigurationException: the data has none.
+        """
+        provide = getattr(getattr(trainer, "datamodule", None), "calibration_segments", None)
+        if provide is None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} calibrates: the data module needs `calibration_segments()`, as "
+                "TextDataModule has."
+            )
+        found = provide()
+        limit = getattr(self._model(trainer.lightning_module).network.config, "max_position_embeddings", None)
+        if isinstance(limit, int) and found.shape[1] > limit:
+            raise MisconfigurationException(
+                f"calibration_seq_len is {found.shape[1]}, but the model has only {limit} positions "
+                "(max_position_embeddings)."
+            )
+        return found
+
+    # The report
+
+    def _write(self, trainer: Trainer, module: CausalLanguageModel) -> None:
+        forms: dict[str, list[ExportFormat]] = {
+            "none": [],
+            "dense": ["dense"],
+            "compressed-tensors": ["compressed-tensors"],
+            "both": ["dense", "compressed-tensors"],
+        }
+        if trainer.is_global_zero:
+            directory = run_directory(trainer)
+            exported = {}
+            for form in forms[self.export]:
+                folder = directory / form
+                exported[form] = export_model(folder, module.network, module.tokenizer, self.matrices, form)
+                announce(trainer, f"{form}: {exported[form]['bytes_on_disk'] / 1e6:.1f} MB in {folder}")
+            if exported:
+                self.report["exported"] = exported
+            write_json(directory / f"{self.name}_report.json", self.report)
+        trainer.strategy.barrier("QuantizationCallback.export")
+
+    def results(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """The report without its long lists, which are in `<name>_report.json`; the perplexity after is a
+        metric.
+        """
+        return {
+            key: value for key, value in self.report.items() if key not in ("layers", "windows", "blocks")
+        }
+
+
+def network_device(network: nn.Module) -> torch.device:
+    """Where the weights are."""
+    return next(network.parameters()).device

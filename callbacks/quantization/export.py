@@ -1,0 +1,189 @@
+"""A quantized model as a folder that other programs load: `dense`, or `compressed-tensors` (spec section
+7).
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from callbacks.quantization.layers import QuantizedMatrix
+from callbacks.quantization.packing import pack_int32
+from callbacks.quantization.scheme import Scheme
+
+ExportFormat = Literal["dense", "compressed-tensors"]
+
+
+def export_model(
+    folder: Path,
+    network: nn.Module,
+    tokenizer: Any,
+    matrices: Mapping[str, QuantizedMatrix],
+    form: ExportFormat,
+) -> dict[str, Any]:
+    """Write an ordinary Hugging Face folder.
+
+    Args:
+        folder: is made, or overwritten.
+        network: with hard weights, as quantization leaves it.
+        tokenizer: saved beside it; None for none.
+        matrices: the integers of each quantized layer.
+        form: `dense` keeps plain weights (activations are then not quantized by who loads it);
+            `compressed-tensors` keeps integers and steps.
+
+    Returns:
+        `path`, `format` and `bytes_on_disk` of all weight files.
+
+    Raises:
+        MisconfigurationException: the format cannot express what was done; says what can.
+    """
+    if form == "compressed-tensors":
+        config = compression_config(network, matrices)  # refuses before anything is written
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    _save_dense(partial, network, tokenizer)
+    found = {"path": str(folder), "format": form}
+    if form == "compressed-tensors":
+        found["packing"] = _compress(partial, matrices, config)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return found | {"bytes_on_disk": sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
+
+
+def _save_dense(folder: Path, network: nn.Module, tokenizer: Any) -> None:
+    config = network.config
+    if getattr(config, "quantization_config", None) is not None:
+        raise MisconfigurationException(
+            "The model calls itself quantized already: its config has a quantization_config."
+        )
+    network.save_pretrained(folder)  # type: ignore[operator]
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def form_of(scheme: Scheme) -> Literal["pack-quantized", "int-quantized"]:
+    """The layout that holds a scheme; asymmetric packed weights load in no current transformers."""
+    return "pack-quantized" if scheme.symmetric and scheme.activation_bits >= 16 else "int-quantized"
+
+
+def compression_config(network: nn.Module, matrices: Mapping[str, QuantizedMatrix]) -> dict[str, Any]:
+    """`quantization_config` of the exported folder.
+
+    Raises:
+        MisconfigurationException: a layer cannot be expressed.
+    """
+    groups: dict[Scheme, list[str]] = {}
+    for name, matrix in matrices.items():
+        _refuse(name, matrix, network.get_submodule(name))
+        groups.setdefault(matrix.scheme, []).append(name)
+    forms = {form_of(scheme) for scheme in groups}
+    common = "pack-quantized" if forms == {"pack-quantized"} else "int-quantized"
+    if len(forms) > 1:
+        common = "mixed-precision"
+    ignored = [
+        name for name, part in network.named_modules() if isinstance(part, nn.Linear) and name not in matrices
+    ]
+    alone = len(groups) == 1
+    return {
+        "quant_method": "compressed-tensors",
+        "format": common,
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{place}": _group(scheme, ["Linear"] if alone else names)
+            for place, (scheme, names) in enumerate(groups.items())
+        },
+        "ignore": ignored,
+    }
+
+
+def _refuse(name: str, matrix: QuantizedMatrix, layer: nn.Module) -> None:
+    scheme = matrix.scheme
+    reason = None
+    if matrix.integers is None:
+        reason = "its weights are not quantized"
+    elif not isinstance(layer, nn.Linear):
+        reason = f"it is a {type(layer).__name__}, not a Linear"
+    elif scheme.activation_mode == "static_tensor" and scheme.activation_bits < 16:
+        reason = "static activation steps were never verified to load"
+    elif scheme.activation_bits < 16 and (not scheme.symmetric or scheme.group_size != -1):
+        reason = "integer runtimes want quantized activations with symmetric weights per channel"
+    if reason is not None:
+        raise MisconfigurationException(
+            f"compressed-tensors cannot express layer '{name}' ({scheme}): {reason}. Export it as dense."
+        )
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if scheme.group_size == -1 else "group",
+        "group_size": None if scheme.group_size == -1 else scheme.group_size,
+        "dynamic": False,
+    }
+    activations = None
+    if scheme.activation_bits < 16:
+        activations = {
+            "num_bits": scheme.activation_bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+        }
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": activations,
+        "output_activations": None,
+        "format": form_of(scheme),
+    }
+
+
+def _compress(folder: Path, matrices: Mapping[str, QuantizedMatrix], config: dict[str, Any]) -> str:
+    """Replace the dense weights of a folder by integers; the layout's name."""
+    files = sorted(folder.glob("*.safetensors"))
+    index: dict[str, str] = {}
+    total = 0
+    for file in files:
+        state = load_file(file)
+        for name in [key.removesuffix(".weight") for key in state]:
+            if name in matrices:
+                del state[f"{name}.weight"]
+                state |= packed_tensors(name, matrices[name])
+        save_file(state, file, metadata={"format": "pt"})
+        index |= dict.fromkeys(state, file.name)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    listing = folder / "model.safetensors.index.json"
+    if listing.is_file():
+        listing.write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2) + "\n"
+        )
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) | {"quantization_config": config}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return str(config["format"])
+
+
+def packed_tensors(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
+    """What stands for `<name>.weight` in the file."""
+    assert matrix.integers is not None
+    assert matrix.scale is not None
+    assert matrix.zero_point is not None
+    shift = 0 if matrix.scheme.symmetric else 2 ** (matrix.scheme.bits - 1)
+    integers = (matrix.integers.to(torch.int16) - shift).to(torch.int8).cpu().contiguous()
+    tensors = {f"{name}.weight_scale": matrix.scale.float().cpu().contiguous()}
+    if form_of(matrix.scheme) == "pack-quantized":
+        tensors[f"{name}.weight_packed"] = pack_int32(integers, matrix.scheme.bits)
+        tensors[f"{name}.weight_shape"] = torch.tensor(integers.shape, dtype=torch.int64)
+        return tensors
+    tensors[f"{name}.weight"] = integers
+    if not matrix.scheme.symmetric:
+        tensors[f"{name}.weight_zero_point"] = (matrix.zero_point - shift).to(torch.int8).cpu().contiguous()
+    return tensors

@@ -1,0 +1,58 @@
+"""GPTQ as a callback: error feedback from column to column, block after block."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch.utils.hooks import RemovableHandle
+
+from callbacks.quantization.base import QuantizationCallback, network_device
+from callbacks.quantization.layers import QuantizedMatrix
+from callbacks.quantization.ranks import share_of
+from callbacks.quantization.scheme import Scheme
+from callbacks.quantization.sequential import SequentialGPTQ
+from lightning_modules.language_model import CausalLanguageModel
+
+
+class GPTQ(QuantizationCallback):
+    """GPTQ (Frantar et al., ICLR 2023), left to right, see `QuantizationCallback` for when and what.
+
+    Args:
+        damp: share of the mean diagonal of the Hessian that is added to it.
+        batch_size: calibration segments that pass through a block at once.
+        options: of `QuantizationCallback`.
+    """
+
+    name = "gptq"
+
+    def __init__(self, damp: float = 0.01, batch_size: int = 1, **options: Any) -> None:
+        super().__init__(**options)
+        if damp <= 0 or batch_size < 1:
+            raise ValueError(f"damp must be positive and batch_size at least 1, got {damp} and {batch_size}.")
+        self.damp = damp
+        self.batch_size = batch_size
+
+    def quantize(
+        self, trainer: Trainer, module: CausalLanguageModel, blocks: str, schemes: dict[str, Scheme]
+    ) -> tuple[dict[str, QuantizedMatrix], list[RemovableHandle], dict[str, Any]]:
+        """Calibrate block after block."""
+        began = time.perf_counter()
+        segments = self.segments(trainer)
+        engine = SequentialGPTQ(
+            module.network,
+            blocks,
+            schemes,
+            share_of(segments),
+            damp=self.damp,
+            batch_size=self.batch_size,
+            device=network_device(module.network),
+        )
+        matrices = engine.run()
+        found = {
+            "calibration_segments": len(segments),
+            "calibration_tokens": segments.numel(),
+            "calibration_seconds": time.perf_counter() - began,
+            "peak_memory_bytes": max(row["peak_memory_bytes"] for row in engine.rows),
+            "blocks": engine.rows,
+        }
+        return matrices, engine.handles, found

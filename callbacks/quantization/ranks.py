@@ -1,0 +1,58 @@
+"""Calibration on several ranks: each holds its share of the segments, and all end with the same integers."""
+
+from collections.abc import Iterable
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, distributed
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Of torch.distributed; (0, 1) without it."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def share_of(segments: Tensor) -> Tensor:
+    """This rank's segments, every world-size-th, equally many on each rank.
+
+    Raises:
+        ValueError: there are fewer segments than ranks.
+    """
+    rank, world = rank_and_world()
+    if len(segments) < world:
+        raise ValueError(f"{len(segments)} calibration segments are too few for {world} ranks.")
+    rest = len(segments) % world
+    if rest:
+        rank_zero_warn(
+            f"{rest} of {len(segments)} calibration segments are left out: {world} ranks share them."
+        )
+    return segments[: len(segments) - rest][rank::world]
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Mean over the ranks, in place, in one message."""
+    _, world = rank_and_world()
+    kept = list(tensors)
+    if world == 1 or not kept:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in kept])
+    distributed.all_reduce(flat)
+    flat /= world
+    for tensor, part in zip(kept, flat.split([tensor.numel() for tensor in kept]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def total(tensor: Tensor) -> Tensor:
+    """Sum over the ranks, in place."""
+    if rank_and_world()[1] > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def maximum(tensor: Tensor) -> Tensor:
+    """Elementwise maximum over the ranks, in place."""
+    if rank_and_world()[1] > 1:
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
+    return tensor

@@ -1,0 +1,125 @@
+"""RTN and GPTQ on a whole network, in plain torch."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from callbacks.quantization.blocks import BlockStack
+from callbacks.quantization.error_feedback import gptq_integers
+from callbacks.quantization.grid import fit_grid, to_integers
+from callbacks.quantization.layers import QuantizedMatrix, matrix_of
+from callbacks.quantization.memory import PeakMemory
+from callbacks.quantization.ranks import total
+from callbacks.quantization.scheme import Scheme
+
+
+def nearest_matrix(layer: nn.Module, scheme: Scheme) -> QuantizedMatrix:
+    """A layer rounded to nearest."""
+    if scheme.bits >= 16:
+        return QuantizedMatrix(scheme)
+    weight = matrix_of(layer).float()
+    grid = fit_grid(weight, scheme.bits, scheme.group_size, scheme.symmetric)
+    return QuantizedMatrix.of(scheme, to_integers(weight, grid), grid)
+
+
+class InputHessian:
+    """H = 2 X^T X / rows of a layer's inputs, summed up by a hook in float32."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._sum: Tensor | None = None
+        self._rows = 0
+        self._handle = layer.register_forward_pre_hook(lambda _, arguments: self._see(arguments[0]))
+
+    def _see(self, x: Tensor) -> None:
+        flat = x.detach().flatten(0, -2).float()
+        product = flat.T @ flat
+        self._sum = product if self._sum is None else self._sum.add_(product)
+        self._rows += len(flat)
+
+    def finish(self) -> Tensor:
+        """(d_in, d_in) over all ranks; takes the hook off."""
+        self._handle.remove()
+        assert self._sum is not None
+        rows = total(torch.tensor(float(self._rows), device=self._sum.device))
+        return 2 * total(self._sum) / rows
+
+
+class SequentialGPTQ:
+    """GPTQ block after block, each on what the quantized blocks before it give.
+
+    Args:
+        network: causal language model; changed in place.
+        blocks: path of its blocks.
+        schemes: `{layer name: scheme}`.
+        segments: this rank's token ids, (segments, length).
+        damp: share of the mean diagonal of the Hessian that is added to it.
+        batch_size: segments that pass through a block at once.
+        device: where blocks run.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        blocks: str,
+        schemes: dict[str, Scheme],
+        segments: Tensor,
+        damp: float = 0.01,
+        batch_size: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        self.network = network
+        self.schemes = schemes
+        self.segments = segments
+        self.damp = damp
+        self.batch_size = batch_size
+        self.device = device or torch.device("cpu")
+        self.stack = BlockStack(network, blocks, segments[:1], self.device)
+        self.handles: list[RemovableHandle] = []
+        self.rows: list[dict[str, Any]] = []
+
+    @torch.no_grad()
+    def run(self) -> dict[str, QuantizedMatrix]:
+        """Final integers by layer name; the network ends with their weights."""
+        self.network.eval()
+        matrices: dict[str, QuantizedMatrix] = {}
+        hidden = [self.stack.embed(ids).cpu() for ids in self.segments.split(self.batch_size)]
+        indices = [i for i in range(len(self.stack)) if self.stack.layer_names(i, list(self.schemes))]
+        for index in range(indices[-1] + 1):
+            began, memory = time.perf_counter(), PeakMemory(self.device)
+            matrices |= self._block(index, hidden)
+            if index < indices[-1]:
+                for place, batch in enumerate(hidden):
+                    hidden[place] = self.stack.run(index, index + 1, batch.to(self.device)).cpu()
+            row = {"block": index, "seconds": time.perf_counter() - began}
+            self.rows.append({**row, "peak_memory_bytes": memory.stop()})
+        return matrices
+
+    def _block(self, index: int, hidden: list[Tensor]) -> dict[str, QuantizedMatrix]:
+        """Quantize the layers of a block."""
+        layers = {n: self.network.get_submodule(n) for n in self.stack.layer_names(index, list(self.schemes))}
+        hessians = {n: InputHessian(layer) for n, layer in layers.items() if self.schemes[n].bits < 16}
+        if hessians:
+            for batch in hidden:
+                self.stack.run(index, index + 1, batch.to(self.device))
+        found: dict[str, QuantizedMatrix] = {}
+        for name, layer in layers.items():
+            scheme = self.schemes[name]
+            found[name] = QuantizedMatrix(scheme)
+            if name in hessians:
+                found[name] = self._matrix(layer, scheme, hessians[name].finish())
+            handle = found[name].install(layer)
+            if handle is not None:
+                self.handles.append(handle)
+        return found
+
+    def _matrix(self, layer: nn.Module, scheme: Scheme, hessian: Tensor) -> QuantizedMatrix:
+        weight = matrix_of(layer).float()
+        options = (scheme.bits, scheme.group_size, scheme.symmetric)
+        integers, grid = gptq_integers(weight, hessian, *options, damp=self.damp)
+        plain = to_integers(weight, fit_grid(weight, *options))
+        matrix = QuantizedMatrix.of(scheme, integers, grid)
+        changed = float((plain != integers).double().mean())
+        return QuantizedMatrix(scheme, matrix.integers, matrix.scale, matrix.zero_point, changed=changed)

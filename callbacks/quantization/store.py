@@ -1,0 +1,106 @@
+"""Quantization in files: progress after each window, and the final integers, with what they belong to."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from callbacks.checkpointing import AtomicCheckpointIO
+from callbacks.quantization.layers import QuantizedMatrix
+from callbacks.quantization.scheme import Scheme
+from callbacks.quantization.settings import Progress
+
+_TENSORS = ("integers", "scale", "zero_point")
+
+
+def as_plain(matrix: QuantizedMatrix) -> dict[str, Any]:
+    """A layer's result as tensors, numbers and strings: loads with `weights_only=True`."""
+    tensors = {key: value.cpu() for key in _TENSORS if (value := getattr(matrix, key)) is not None}
+    rest = {"activation_step": matrix.activation_step, "changed": matrix.changed}
+    return {"scheme": asdict(matrix.scheme), **tensors, **rest}
+
+
+def from_plain(saved: Mapping[str, Any]) -> QuantizedMatrix:
+    """The opposite of `as_plain`."""
+    values = {key: value for key, value in saved.items() if key != "scheme"}
+    return QuantizedMatrix(Scheme(**saved["scheme"]), **values)
+
+
+def fingerprint(network: nn.Module, segments: Tensor | None) -> dict[str, str]:
+    """What a quantization depends on besides its options: the weights and the calibration tokens, as
+    hashes.
+    """
+    weights = hashlib.sha256()
+    for name, parameter in network.named_parameters():
+        total = parameter.detach().double()
+        weights.update(f"{name} {float(total.sum())!r} {float(total.abs().sum())!r}".encode())
+    found = {"weights": weights.hexdigest()[:16]}
+    if segments is not None:
+        found["calibration"] = hashlib.sha256(segments.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+    return found
+
+
+class ProgressFile:
+    """One file that always holds the last complete window.
+
+    Args:
+        path: of the file.
+        identity: options and fingerprints; a file with another identity is refused.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self.identity = json.loads(json.dumps(identity))
+
+    def save(self, progress: Progress) -> None:
+        """Replace the file."""
+        content = {
+            "identity": json.dumps(self.identity),
+            "windows": progress.windows,
+            "matrices": {name: as_plain(matrix) for name, matrix in progress.matrices.items()},
+            "learned": progress.learned,
+            "scales": progress.scales,
+            "thresholds": progress.thresholds,
+            "rows": progress.rows,
+        }
+        AtomicCheckpointIO().save_checkpoint(content, self.path)
+
+    def load(self) -> Progress | None:
+        """What was saved; None where there is nothing.
+
+        Raises:
+            MisconfigurationException: it was made with other options, weights or text; the differences are
+                listed.
+        """
+        if not self.path.is_file():
+            return None
+        saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        before = json.loads(saved["identity"])
+        keys = sorted({*before, *self.identity})
+        different = [
+            f"{key}: {before.get(key)} in the file, {self.identity.get(key)} now"
+            for key in keys
+            if before.get(key) != self.identity.get(key)
+        ]
+        if different:
+            raise MisconfigurationException(
+                f"'{self.path}' was made with other settings ({'; '.join(different)}). Delete it to start "
+                "anew, or "
+                "set resume: false."
+            )
+        rank_zero_info(f"Going on from '{self.path}': {saved['windows']} windows are done.")
+        return Progress(
+            windows=saved["windows"],
+            matrices={name: from_plain(matrix) for name, matrix in saved["matrices"].items()},
+            learned=saved["learned"],
+            scales=saved["scales"],
+            thresholds=saved["thresholds"],
+            rows=saved["rows"],
+        )

@@ -1,0 +1,271 @@
+"""CausalLanguageModel: any causal language model of transformers, to train, to measure, or to compress."""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_modules.base import Method, Terms
+
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+
+
+class TokenLikelihood(Metric):
+    """Negative log-likelihood of tokens, summed in float64: over batches, over ranks, whatever their sizes.
+
+    Args:
+        value: what `compute` gives: `perplexity` exp(sum / tokens), `nll` sum / tokens in nats, or `tokens`.
+    """
+
+    full_state_update = False
+    nll: Tensor
+    count: Tensor
+
+    def __init__(self, value: Literal["perplexity", "nll", "tokens"] = "perplexity") -> None:
+        super().__init__()
+        self.value = value
+        self.set_dtype(torch.float64)
+        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor) -> None:
+        """Add the tokens of a batch: their negative log-likelihoods in nats, any shape."""
+        self.nll += nll.detach().double().sum()
+        self.count += nll.numel()
+
+    def compute(self) -> Tensor:
+        """The value over all that was added; a perplexity beyond float64 is infinite."""
+        if self.value == "tokens":
+            return self.count
+        mean = self.nll / self.count
+        return mean if self.value == "nll" else mean.exp()
+
+
+def token_nll(logits: Tensor, ids: Tensor) -> Tensor:
+    """Negative log-likelihood (batch, length - 1) of the tokens 2..length, each given its own prefix.
+
+    Args:
+        logits: (batch, length, vocabulary).
+        ids: (batch, length).
+    """
+    scores = logits[:, :-1].float().transpose(1, 2)  # (batch, vocabulary, length - 1)
+    return F.cross_entropy(scores, ids[:, 1:], reduction="none")
+
+
+def load_language_model(model: str, dtype: Dtype = "float32") -> nn.Module:
+    """A causal language model from a folder, the hub, or a GGUF file, whose weights are dequantized.
+
+    Args:
+        model: folder, hub name, or path of a `.gguf` file.
+        dtype: of the weights; `auto` is the checkpoint's own.
+
+    Raises:
+        FileNotFoundError: a `.gguf` file does not exist.
+        MisconfigurationException: a package that the format needs is missing, or nothing can be loaded there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    kind, file = "auto" if dtype == "auto" else getattr(torch, dtype), _gguf(model)
+    try:
+        network = AutoModelForCausalLM.from_pretrained(_place(model), **file, dtype=kind)
+    except (OSError, ImportError, ValueError) as error:
+        raise MisconfigurationException(f"model '{model}' cannot be loaded: {error}") from error
+    if file:
+        # these are plain weights now; transformers would refuse to save what calls itself quantized
+        if hasattr(network.config, "quantization_config"):
+            del network.config.quantization_config
+        network.hf_quantizer = None  # type: ignore[assignment]
+    return network
+
+
+def load_tokenizer(tokenizer: str) -> Any:
+    """A tokenizer from a folder, the hub or a GGUF file; `bytes` is one token a byte (ByT5's), without
+    files.
+    """
+    from transformers import AutoTokenizer, ByT5Tokenizer
+
+    if tokenizer == "bytes":
+        return ByT5Tokenizer(extra_ids=0)
+    file = _gguf(tokenizer)
+    try:
+        return AutoTokenizer.from_pretrained(_place(tokenizer), **file)
+    except (OSError, ImportError, ValueError) as error:
+        raise MisconfigurationException(f"tokenizer '{tokenizer}' cannot be loaded: {error}") from error
+
+
+def _place(name: str) -> str:
+    return str(Path(name).parent) if name.endswith(".gguf") else name
+
+
+def _gguf(name: str) -> dict[str, str]:
+    if not name.endswith(".gguf"):
+        return {}
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"model: there is no file '{name}'.")
+    return {"gguf_file": Path(name).name}
+
+
+def build_language_model(architecture: str, model_args: dict[str, Any], vocabulary: int) -> nn.Module:
+    """A model with random weights: `llama`, `opt`, `gpt2` or any other model type of transformers.
+
+    Args:
+        architecture: model type.
+        model_args: of its configuration class; `vocab_size` defaults to the tokenizer's.
+        vocabulary: number of the tokenizer's tokens.
+
+    Raises:
+        ValueError: transformers knows no such model type.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = AutoConfig.for_model(architecture, **{**options, **model_args})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+class CausalLanguageModel(Method):
+    """Trains, measures and runs a causal language model of transformers.
+
+    Batches are dictionaries: `input_ids` int64 (batch, length) without padding, `index` int64 (batch,).
+    Logged in validation and test: `perplexity`, `nll` (nats a token), `tokens` (how many were predicted). A
+    segment predicts its tokens 2..length given its own prefix, as GPTQ and those after it measure.
+
+    Args:
+        model: a folder, a hub name, or a `.gguf` file (its weights are dequantized); with `model_args` a
+            model type of transformers, such as `llama`, that starts from random weights.
+        model_args: of the model type's configuration: `hidden_size`, `num_hidden_layers`, ...
+        tokenizer: folder, hub name or `.gguf` file; None is the model's own. `bytes` is one token a byte.
+        dtype: of the weights; calibration wants float32 or bfloat16.
+        kwargs: optimiser, schedule and parameter groups, see `Method`.
+
+    Raises:
+        MisconfigurationException: model or tokenizer cannot be loaded, see `load`.
+    """
+
+    network: nn.Module
+
+    def __init__(
+        self,
+        model: str,
+        model_args: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        dtype: Dtype = "float32",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        if tokenizer is None and model_args is not None:
+            raise MisconfigurationException(
+                "A model from model_args has no tokenizer of its own: set `tokenizer`."
+            )
+        self.model = model
+        self.model_args = model_args
+        self.dtype_of_weights: Dtype = dtype
+        self._tokenizer_name = tokenizer or model
+        self._tokenizer: Any = None
+        if model_args is not None or Path(model).exists():
+            self.load()
+        for stage in ("val", "test"):
+            for value in ("perplexity", "nll", "tokens"):
+                setattr(self, f"{stage}_{value}", TokenLikelihood(value))
+
+    def load(self) -> None:
+        """Load the network, unless it is there.
+
+        What is on disk is loaded when the module is made. What comes from the hub is fetched when a run
+        starts, so that a recipe can be read without it.
+
+        Raises:
+            MisconfigurationException: it cannot be loaded.
+            FileNotFoundError: a `.gguf` file is not there.
+        """
+        if "network" in self._modules:
+            return
+        if self.model_args is None:
+            self.network = load_language_model(self.model, self.dtype_of_weights)
+        else:
+            self.network = build_language_model(self.model, self.model_args, len(self.tokenizer))
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers, loaded when it is first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._tokenizer_name)
+        return self._tokenizer
+
+    def configure_model(self) -> None:
+        """Load what is not loaded yet."""
+        self.load()
+
+    def setup(self, stage: str) -> None:
+        """Compare the length of the data's segments with what the model has positions for.
+
+        Raises:
+            MisconfigurationException: they are longer; names both numbers.
+        """
+        self.load()
+        length = getattr(getattr(self.trainer, "datamodule", None), "seq_len", None)
+        limit = getattr(self.network.config, "max_position_embeddings", None)
+        if isinstance(length, int) and isinstance(limit, int) and length > limit:
+            raise MisconfigurationException(
+                f"data.seq_len is {length}, but the model has only {limit} positions "
+                "(max_position_embeddings)."
+            )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (batch, length, vocabulary) of token ids (batch, length)."""
+        return self.network(input_ids, use_cache=False).logits
+
+    def compute(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """`logits` (batch, length, vocabulary)."""
+        return {"logits": self(batch["input_ids"])}
+
+    def losses(self, outputs: dict[str, Tensor], batch: dict[str, Any]) -> Terms:
+        """Mean negative log-likelihood a token."""
+        return {"nll": token_nll(outputs["logits"], batch["input_ids"]).mean()}
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Perplexity."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Perplexity."""
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: dict[str, Any]) -> None:
+        nll = token_nll(self(batch["input_ids"]), batch["input_ids"])
+        for value in ("perplexity", "nll", "tokens"):
+            metric = getattr(self, f"{stage}_{value}")
+            metric.update(nll)
+            self.log(f"{stage}/{value}", metric, on_step=False, on_epoch=True, prog_bar=value == "perplexity")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """`log_likelihood` (batch,) in nats and `tokens` (batch,) predicted, beside `index` and
+        `input_ids`.
+        """
+        nll = token_nll(self(batch["input_ids"]), batch["input_ids"])
+        return {
+            "index": batch["index"],
+            "input_ids": batch["input_ids"],
+            "log_likelihood": -nll.double().sum(1),
+            "tokens": torch.full((len(nll),), nll.shape[1]),
+        }
+
+    @torch.no_grad()
+    def perplexity(self, batches: Any) -> float:
+        """Perplexity over some batches on this rank, in eval mode, logging nothing."""
+        training = self.network.training
+        self.network.eval()
+        metric = TokenLikelihood("perplexity").to(self.device)
+        metric.sync_on_compute = False
+        for batch in batches:
+            ids = batch["input_ids"].to(self.device)
+            metric.update(token_nll(self(ids), ids))
+        self.network.train(training)
+        found = float(metric.compute())
+        return found if math.isfinite(found) else math.inf

@@ -1,0 +1,77 @@
+"""The experiment on CBQ: its cells mean what they say, on a model that fits a test."""
+
+import argparse
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from callbacks.quantization import CrossBlockSettings, Scheme
+from lightning_modules import CausalLanguageModel
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+@pytest.fixture
+def effects(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS / "effects")
+    return importlib.import_module("cbq")
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("speed_cbq")
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return CausalLanguageModel("llama", model_args=TINY, tokenizer="bytes").network.eval()
+
+
+def test_every_cell_is_a_valid_setting(effects):
+    for group, cells in effects.groups().items():
+        for name, cell in cells.items():
+            CrossBlockSettings(**cell.settings).validate()
+            assert cell.method in ("none", "rtn", "gptq", "cbq"), (group, name)
+    assert {cell.scheme for cell in effects.groups()["sceptic"].values()} == {Scheme(2, 64)}
+
+
+@pytest.mark.parametrize("method", ["none", "rtn", "gptq", "cbq"])
+def test_a_cell_changes_its_blocks_only(effects, network, method):
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    calibration = torch.randint(3, 259, (16 * 8,))
+    settings = {"epochs": 1, "batch_size": 8} if method == "cbq" else {}
+    cell = effects.Cell(method, Scheme(3, 32), settings, 8, 3)
+    effects.quantize(network, cell, calibration, 0, None)
+    after = network.state_dict()
+    changed = {name.split(".")[2] for name, value in after.items() if not value.equal(before[name])}
+    assert changed == (set() if method == "none" else {"0", "1", "2", "3"})
+
+
+def test_the_table_has_means_and_ranges(effects):
+    runs = [
+        {"sotu_perplexity": value, "seconds": 3.0, "peak_memory_bytes": 2e9, "seed": seed}
+        for seed, value in enumerate((30.0, 34.0))
+    ]
+    table = effects.report("w3", {"CBQ": runs, "RTN": runs[:1]})
+    assert "| CBQ | 32.00 (30.00-34.00) | 2 | 3 | 2.00 |" in table
+    assert "| RTN | 30.00 | 1 | 3 | 2.00 |" in table
+
+
+def test_every_variant_does_the_same_windows(speed):
+    options = argparse.Namespace(
+        model=None, hidden=64, blocks=3, segments=4, length=8, batch=2, epochs=1, bits=3, threads=1
+    )
+    found = {name: [speed.measure(name, options)] for name in speed.VARIANTS}
+    assert {(run[0]["windows"], run[0]["steps"]) for run in found.values()} == {(2, 2)}
+    assert len(speed.report(found).splitlines()) == 1 + len(speed.VARIANTS)

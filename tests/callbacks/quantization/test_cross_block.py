@@ -1,0 +1,201 @@
+"""The engine on a random Llama: what must hold whatever it learns."""
+
+import copy
+
+import pytest
+import torch
+
+from callbacks.quantization import Scheme
+from callbacks.quantization.blocks import BlockStack, HiddenStates
+from callbacks.quantization.sequential import SequentialGPTQ, nearest_matrix
+
+
+def logits(network, ids):
+    with torch.no_grad():
+        return network(ids, use_cache=False).logits
+
+
+def test_blocks_one_by_one_are_the_model(make_model, segments):
+    network = make_model().network.eval()
+    stack = BlockStack(network, "model.layers", segments[:1], torch.device("cpu"))
+    with torch.no_grad():
+        hidden = stack.run(0, 4, stack.embed(segments))
+        found = network.lm_head(network.model.norm(hidden))
+    torch.testing.assert_close(found, logits(network, segments))
+
+
+def test_without_steps_it_is_rtn(make_model, segments, quantize):
+    network = make_model().network
+    nearest = copy.deepcopy(network)
+    engine = quantize(network, segments, epochs=0)
+    for name, scheme in engine.schemes.items():
+        nearest_matrix(nearest.get_submodule(name), scheme).install(nearest.get_submodule(name))
+    assert torch.equal(logits(network, segments), logits(nearest, segments))
+    assert set(network.state_dict()) == set(nearest.state_dict())
+
+
+@pytest.mark.parametrize("rank", [5, "full"])
+def test_reconstruction_lowers_the_loss_of_hard_weights(make_model, segments, quantize, rank):
+    network = make_model().network
+    engine = quantize(network, segments, epochs=15, rounding_rank=rank)
+    rows = engine.progress.rows
+    assert [row["blocks"] for row in rows] == [[0, 1], [1, 2], [2, 3]]
+    assert rows[0]["loss_after"] < 0.7 * rows[0]["loss_before"]
+    assert all(row["loss_after"] < row["loss_before"] for row in rows)
+    assert all(0 < row["rounding_changed"] < 0.5 for row in rows)
+    assert rows[0]["mse_without_token_0_after"] > 0
+
+
+def test_same_seed_same_integers_other_seed_others(make_model, segments, quantize):
+    def integers(seed):
+        engine = quantize(make_model().network, segments, epochs=2, seed=seed)
+        return torch.cat([matrix.integers.flatten() for matrix in engine.progress.matrices.values()])
+
+    first = integers(0)
+    assert torch.equal(first, integers(0))
+    assert not torch.equal(first, integers(1))
+
+
+def test_sixteen_bits_learn_nothing(make_model, segments, quantize):
+    network = make_model().network
+    before = logits(network.eval(), segments)
+    scheme = Scheme(16, activation_bits=8)
+    engine = quantize(network, segments, scheme, epochs=1)
+    assert not torch.equal(logits(network, segments), before), "activations are quantized"
+    for handle in engine.handles:
+        handle.remove()
+    assert torch.equal(logits(network, segments), before)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"homologous": False},
+        {"loss_kl": False},
+        {"loss_l2": False},
+        {"learn_steps": False},
+        {"rounding_rank": 0},
+        {"hard_start": 0.5},
+        {"window": 1, "overlap": 0},
+        {"window": 3, "overlap": 1},
+        {"window": 4, "overlap": 0},
+        {"cfp_weights": True, "cfp_granularity": "channel"},
+        {"skip_first_tokens": 1},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_every_switch_changes_the_result(make_model, segments, quantize, options):
+    network, other = make_model().network, make_model().network
+    quantize(network, segments, epochs=1)
+    quantize(other, segments, epochs=1, **options)
+    assert not torch.equal(logits(network, segments), logits(other, segments))
+
+
+def test_static_steps_of_activations_are_learned(make_model, segments, quantize):
+    scheme = Scheme(4, 32, activation_bits=4, activation_mode="static_tensor")
+    network = make_model().network
+    engine = quantize(network, segments, scheme, epochs=3, lr_act_step=1e-2)
+    steps = [matrix.activation_step for matrix in engine.progress.matrices.values()]
+    assert all(step > 0 for step in steps)
+    untrained = quantize(make_model().network, segments, scheme, epochs=3, lr_act_step=0.0)
+    assert steps != [matrix.activation_step for matrix in untrained.progress.matrices.values()]
+
+
+def test_at_most_a_window_of_blocks_is_learned_at_once(make_model, segments, quantize, monkeypatch):
+    from callbacks.quantization import cross_block
+
+    seen = []
+    optimise = cross_block.CrossBlock._optimise
+
+    def spy(self, index, layers):
+        learned = {name.split(".")[2] for name in self._learned}
+        wrapped = {
+            name.split(".")[2]
+            for name, part in self.network.named_modules()
+            if type(part).__name__ == "LearnedLayer"
+        }
+        assert learned == wrapped
+        seen.append(len(learned))
+        optimise(self, index, layers)
+
+    monkeypatch.setattr(cross_block.CrossBlock, "_optimise", spy)
+    quantize(make_model().network, segments, epochs=1)
+    assert seen == [2, 2, 2]
+
+
+def test_offloaded_blocks_visit_the_device_one_at_a_time(make_model, segments, quantize, monkeypatch):
+    kept, visits = [], []
+    keep, move = BlockStack.keep, torch.nn.Module.to
+
+    def spy(stack, start, end):
+        kept.append(end - start)
+        keep(stack, start, end)
+
+    def visit(module, *options):
+        visits.append(options)
+        return move(module, *options)
+
+    monkeypatch.setattr(BlockStack, "keep", spy)
+    here, away = make_model().network, make_model().network
+    quantize(here, segments, epochs=1, cfp_activations=True)
+    kept.clear()
+    monkeypatch.setattr(torch.nn.Module, "to", visit)
+    quantize(away, segments, epochs=1, cfp_activations=True, offload=True)
+    assert torch.equal(logits(here, segments), logits(away, segments))
+    assert kept == [1, 1, 1, 1, 2, 2, 2, 4], "each block for CFP, each window, and all in the end"
+    assert ("cpu",) in visits
+
+
+def test_memory_mapped_caches_change_nothing(make_model, segments, quantize, tmp_path):
+    plain, mapped = make_model().network, make_model().network
+    quantize(plain, segments, epochs=1)
+    quantize(mapped, segments, epochs=1, cache_directory=tmp_path / "cache")
+    assert torch.equal(logits(plain, segments), logits(mapped, segments))
+    size = (tmp_path / "cache" / "full_0.bin").stat().st_size
+    assert size == 8 * 16 * 64 * 4
+
+
+def test_a_cache_keeps_its_type():
+    like = torch.zeros(0)
+    cache = HiddenStates((2, 3, 4), torch.bfloat16, like)
+    cache.write(slice(0, 2), torch.full((2, 3, 4), 1.001))
+    assert cache.values.dtype == torch.bfloat16
+    assert cache.read(slice(0, 1)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_going_on_after_a_window_gives_the_same_integers(make_model, segments, quantize, stop_after):
+    kept = []
+
+    def interrupt(progress):
+        if progress.windows == stop_after:
+            kept.append(copy.deepcopy(progress))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(make_model().network, segments, epochs=2, cfp_activations=True, on_window=interrupt)
+    resumed, whole = make_model().network, make_model().network
+    quantize(resumed, segments, epochs=2, cfp_activations=True, progress=kept[0])
+    quantize(whole, segments, epochs=2, cfp_activations=True)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_place(make_model, segments, quantize):
+    with pytest.raises(RuntimeError, match=r"window 0 \(blocks 0\.\.1\), step \d+ of 20.*learning rates"):
+        quantize(make_model().network, segments, epochs=10, lr_weight_step=1e30)
+
+
+def test_gptq_beats_rtn_on_its_calibration_data(make_model, segments):
+    from callbacks.quantization import resolve_schemes
+    from callbacks.quantization.blocks import linear_layers
+
+    original, nearest, feedback = (make_model().network.eval() for _ in range(3))
+    schemes = resolve_schemes(linear_layers(original, "model.layers"), Scheme(3, 32))
+    for name, scheme in schemes.items():
+        nearest_matrix(nearest.get_submodule(name), scheme).install(nearest.get_submodule(name))
+    long = segments.repeat(1, 2)
+    SequentialGPTQ(feedback, "model.layers", schemes, long, damp=0.1).run()
+    target = logits(original, long)
+    errors = [(logits(network, long) - target).square().mean() for network in (nearest, feedback)]
+    assert errors[1] < errors[0]
