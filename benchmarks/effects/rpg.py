@@ -3,8 +3,8 @@ budget.
 
     python benchmarks/effects/rpg.py --data cifar10_subset.tar.gz
 
-Each network starts from a dense ResNet of the same seed, and trains 6 epochs at a
-tenth of its rate. With `--weights` the RPG run is repeated on the first seed for several rank weights.
+Each network starts from a dense ResNet of the same seed, and trains 6 epochs at a tenth of its rate. With
+`--weights 10 100` only RPG is run, once for each of these rank weights.
 """
 
 from functools import partial
@@ -62,9 +62,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.95, 0.98])
     parser.add_argument("--rank-weight", type=float, default=0.5)
-    parser.add_argument(
-        "--weights", type=float, nargs="*", default=[], help="rank weights to try on the first seed"
-    )
+    parser.add_argument("--weights", type=float, nargs="*", default=[], help="rank weights to try")
     chosen = parser.parse_args()
     _, small = prepare(chosen.data, chosen.runs)
     methods = ("gradual magnitude", "RigL", "RPG", "RPG growth_only")
@@ -75,9 +73,7 @@ def main() -> None:
         for sparsity in chosen.sparsities
         for method in methods
     }
-    seeds = chosen.seeds
     if chosen.weights:
-        seeds = chosen.seeds[:1]
         variants = {
             f"RPG-{sparsity:g}-weight-{weight:g}": partial(
                 prune, plug_in("RPG", sparsity, weight), small, chosen.runs
@@ -85,7 +81,7 @@ def main() -> None:
             for sparsity in chosen.sparsities
             for weight in chosen.weights
         }
-    results = sweep(variants, seeds, chosen.runs, chosen.jobs)
+    results = sweep(variants, chosen.seeds, chosen.runs, chosen.jobs)
     rows = [
         [
             name,
