@@ -17,7 +17,7 @@ from datamodules.coco_annotations import CocoAnnotations
 from datamodules.coco_transforms import DecoTransforms, DetectionTransforms
 from datamodules.imagenet import list_images
 from datamodules.reading import read_image
-from datamodules.samples.coco import write_coco
+from datamodules.samples.coco import SceneStyle, write_coco
 
 ARCHIVES = {
     "annotations": ("annotations/annotations_trainval2017.zip", "f4bbac642086de4f52a3fdda2de5fa2c"),
@@ -232,6 +232,7 @@ class CocoDataModule(DataModule):
         batch_size: samples of a training batch, on each device.
         sample_size: number of training images that ``sample: true`` writes; a quarter as many to evaluate on.
         sample_image_size: their shorter side, pixels.
+        sample_style: how hard they are.
         options: of ``DataModule``.
     """
 
@@ -255,6 +256,7 @@ class CocoDataModule(DataModule):
         batch_size: int = 2,
         sample_size: int = 200,
         sample_image_size: int = 160,
+        sample_style: SceneStyle = SceneStyle(),
         **options: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, **options)
@@ -273,13 +275,14 @@ class CocoDataModule(DataModule):
         self.predict_folder = predict_folder
         self.sample_size = sample_size
         self.sample_image_size = sample_image_size
+        self.sample_style = sample_style
         self._opened: dict[Path, CocoAnnotations] = {}
 
     # data on disk
 
     def write_sample(self) -> None:
         """Writes drawn scenes."""
-        write_coco(self.root, self.sample_size, self.sample_image_size)
+        write_coco(self.root, self.sample_size, self.sample_image_size, style=self.sample_style)
 
     def fetch(self) -> None:
         """Downloads COCO 2017 (images under their owners' Flickr licences, annotations CC BY 4.0)."""

@@ -33,12 +33,15 @@ class SceneStyle:
         radii: least and largest radius of a shape, as shares of the shorter side.
         crowds: share of scenes with a crowd.
         longest: longer side over the shorter one, at most.
+        named: each kind of shape is a category; otherwise all are `shape`, since to find them is learned in
+            minutes, and to tell them apart is not.
     """
 
     most: int = 7
     radii: tuple[float, float] = (0.06, 0.28)
     crowds: float = 0.15
     longest: float = 1.5
+    named: bool = True
 
 
 def write_coco(
@@ -61,7 +64,7 @@ def write_coco(
     """
     settings: dict[str, Any] = {"size": size, "image_size": image_size, "seed": seed}
     if style != SceneStyle():
-        settings["style"] = {**vars(style), "radii": list(style.radii)}  # as JSON gives it back
+        settings["style"] = json.loads(json.dumps(vars(style)))  # as it is read back
 
     def write(folder: Path) -> None:
         (folder / "annotations").mkdir()
@@ -94,7 +97,10 @@ def _write_split(
         Image.fromarray(scene.picture).save(root / split / name, quality=92)
         images.append({"id": image_id, "file_name": name, "height": height, "width": width, "license": 1})
         for instance in scene.annotations:
-            objects.append({"id": first_id + len(objects), "image_id": image_id, **instance})
+            category = instance["category_id"] if style.named else 1
+            objects.append(
+                {"id": first_id + len(objects), "image_id": image_id, **instance, "category_id": category}
+            )
         for text in _captions(scene.annotations):
             captions.append({"id": first_id + len(captions), "image_id": image_id, "caption": text})
     header = {
@@ -102,7 +108,8 @@ def _write_split(
         "licenses": [{"id": 1, "name": "procedural", "url": ""}],
         "images": images,
     }
-    categories = [{"id": key, "name": name, "supercategory": "shape"} for key, name in CATEGORIES.items()]
+    named = CATEGORIES if style.named else {1: "shape"}
+    categories = [{"id": key, "name": name, "supercategory": "shape"} for key, name in named.items()]
     folder = root / "annotations"
     instances = {**header, "annotations": objects, "categories": categories}
     (folder / f"instances_{split}.json").write_text(json.dumps(instances))
