@@ -11,7 +11,6 @@ import argparse
 import json
 import logging
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from speed_ofakd import peak_mebibytes
 
 from datamodules import FakeImagesDataModule, FakeImageTransforms
 from datamodules.samples import write_fake_images
@@ -135,7 +135,7 @@ def main() -> int:
     if options.memory_of:
         if options.memory_of != "nothing":
             fit(options, options.folder, options.memory_of == "cached")
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(peak_mebibytes())
         return 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
