@@ -33,7 +33,15 @@ class _Packed(nn.Module):
 
     def _packs(self, inputs: Tensor) -> bool:
         plain = inputs.device.type == "cpu" and inputs.dtype == self.weight.dtype == torch.float32
-        return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+        watched = (
+            torch._C._len_torch_dispatch_stack() > 0
+        )  # a FLOP counter has no formula for oneDNN's operators
+        return (
+            plain
+            and not watched
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the packed copy, which only this process can read."""

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import FrozenBatchNorm2d
 
 from callbacks.export import export_onnx
@@ -114,3 +115,13 @@ def test_deployed_deco_exports_to_onnx_with_a_free_batch(tmp_path):
     report = export_onnx(deployed, (inputs("deco/onnx", (1, 3, 48, 64)),), tmp_path / "deco.onnx")
     assert report["max_abs_difference"] < 1e-4
     assert (tmp_path / "deco.onnx").is_file()
+
+
+def test_a_counter_sees_the_work_of_packed_layers():
+    network = fill(Deco(**SMALL)).eval()
+    counts = []
+    for form in (network, deploy(network)):
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            form(inputs("deco/count", (1, 3, 48, 64)))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
