@@ -1,5 +1,6 @@
 """Fixtures that every test may use: one thread a process, quiet runs, a tiny labelled data set."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -54,6 +55,20 @@ class BlobData(LightningDataModule):
 @pytest.fixture(autouse=True)
 def _seeded():
     seed_everything(0, verbose=False)
+
+
+@pytest.fixture(autouse=True)
+def _loggers_restored():
+    """A benchmark that a test calls in this process silences Lightning; the next test must hear it again."""
+    loggers = [
+        logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)
+    ]
+    levels = [(logger, logger.level) for logger in [logging.root, *loggers]]
+    disabled = logging.root.manager.disable
+    yield
+    logging.disable(disabled)
+    for logger, level in levels:
+        logger.setLevel(level)
 
 
 @pytest.fixture
