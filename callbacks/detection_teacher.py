@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -12,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from callbacks.objective import FrozenNetwork, ObjectiveCallback
 from lightning_modules.base import Method
 from lightning_modules.deco.losses import box_losses, match, matching_costs, mean_object_count, pad_targets
-from lightning_modules.deco.network import DetectionNetwork
+from lightning_modules.deco.network import DetectionNetwork, network_images
 from lightning_modules.deco.released import load_detector
 
 
@@ -90,15 +91,21 @@ class DetectionTeacher(ObjectiveCallback):
 class SetDistillation(nn.Module):
     """The objective of `DetectionTeacher`; has no parameters, and does not own the teacher."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, teacher: FrozenNetwork, min_score: float, weights: dict[str, float]) -> None:
         super().__init__()
         self._teacher = teacher
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(teacher.network, name)).view(1, 3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
         self.min_score = min_score
         self.weights = weights
 
     def forward(self, module: Any, batch: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weighted `class`, `bbox` and `giou` of the last layer, per box that the teacher found."""
-        wanted = self._teacher(teacher_images(self._teacher.network, batch))
+        wanted = self._teacher(network_images(batch["image"], self.mean, self.std, batch.get("mask")))
         probabilities, boxes = wanted["logits"].float().sigmoid(), wanted["boxes"].float()
         best, labels = probabilities.max(dim=-1)  # (batch, queries)
         found = [scores > self.min_score for scores in best]
@@ -118,11 +125,3 @@ class SetDistillation(nn.Module):
         count = mean_object_count(sum(targets.counts), logits.device)
         terms = {"class": classes, "bbox": distance.sum(), "giou": giou.sum()}
         return {name: self.weights[name] * value / count for name, value in terms.items()}
-
-
-def teacher_images(teacher: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """The batch's images with the teacher's own normalisation, padding at zero."""
-    images = batch["image"]
-    mean, std = (images.new_tensor(getattr(teacher, name)).view(1, 3, 1, 1) for name in ("mean", "std"))
-    images = (images - mean) / std
-    return images.masked_fill(batch["mask"][:, None], 0.0) if "mask" in batch else images

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.prediction_writers import PredictionWriter
-from callbacks.results import replaced_atomically, run_directory
+from callbacks.results import announce, replaced_atomically, run_directory
 from callbacks.visualization import shortened
 
 if TYPE_CHECKING:
@@ -114,9 +114,9 @@ class DetectionWriter(PredictionWriter):
                     file.write(f"{',' if count else ''}\n{json.dumps(result)}")
                     count += 1
             file.write("\n]\n")
-        self._announce(trainer, f"{count} detections in {images} images written to {path}")
+        announce(trainer, f"{count} detections in {images} images written to {path}")
         if self.max_pictures != 0:
-            self._announce(trainer, f"pictures drawn in {pictures(trainer)}")
+            announce(trainer, f"pictures drawn in {pictures(trainer)}")
 
     def _draw(self, trainer: Trainer, source: Path, index: int, found: list[list[float]]) -> None:
         from PIL import Image
@@ -124,14 +124,6 @@ class DetectionWriter(PredictionWriter):
         with Image.open(source) as picture:
             drawn = draw_detections(picture.convert("RGB"), found, self._names, self.max_side)
         drawn.save(pictures(trainer) / f"{index:06d}_{source.stem}.jpg", quality=90)
-
-    @staticmethod
-    def _announce(trainer: Trainer, text: str) -> None:
-        bar = trainer.progress_bar_callback
-        if bar is not None:
-            bar.print(text)
-        else:
-            print(text)
 
 
 def pictures(trainer: Trainer) -> Path:

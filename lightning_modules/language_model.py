@@ -1,6 +1,5 @@
 """CausalLanguageModel: any causal language model of transformers, to train, to measure, or to compress."""
 
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -255,17 +254,3 @@ class CausalLanguageModel(Method):
             "log_likelihood": -nll.double().sum(1),
             "tokens": torch.full((len(nll),), nll.shape[1]),
         }
-
-    @torch.no_grad()
-    def perplexity(self, batches: Any) -> float:
-        """Perplexity over some batches on this rank, in eval mode, logging nothing."""
-        training = self.network.training
-        self.network.eval()
-        metric = TokenLikelihood("perplexity").to(self.device)
-        metric.sync_on_compute = False
-        for batch in batches:
-            ids = batch["input_ids"].to(self.device)
-            metric.update(token_nll(self(ids), ids))
-        self.network.train(training)
-        found = float(metric.compute())
-        return found if math.isfinite(found) else math.inf

@@ -21,7 +21,7 @@ from callbacks.quantization.layers import QuantizedMatrix
 from callbacks.quantization.report import describe
 from callbacks.quantization.scheme import Scheme, resolve_schemes
 from callbacks.results import announce, run_directory, write_json
-from lightning_modules.language_model import CausalLanguageModel
+from lightning_modules.language_model import CausalLanguageModel, TokenLikelihood, token_nll
 
 Export = Literal["none", "dense", "compressed-tensors", "both"]
 
@@ -192,8 +192,6 @@ class QuantizationCallback(Callback, ABC):
 
     def _perplexity(self, trainer: Trainer, module: CausalLanguageModel, loaders: Any) -> float:
         """Over all ranks, before quantization."""
-        from lightning_modules.language_model import TokenLikelihood, token_nll
-
         metric = TokenLikelihood("perplexity").to(module.device)
         loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
         limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches

@@ -23,7 +23,8 @@ from callbacks.quantization.outliers import detect_outliers, truncated
 from callbacks.quantization.ranks import average, maximum, rank_and_world
 from callbacks.quantization.rounding import LearnedRounding, beta_at
 from callbacks.quantization.scheme import Scheme
-from callbacks.quantization.settings import CrossBlockSettings, Progress, seed_of
+from callbacks.quantization.settings import CrossBlockSettings, Progress
+from lightning_modules.reproducibility import derived_seed
 
 
 class CrossBlock:
@@ -258,7 +259,7 @@ class CrossBlock:
         layer, scheme, settings = self.network.get_submodule(name), self.schemes[name], self.settings
         rounding = None
         if scheme.bits < 16:
-            generator = torch.Generator().manual_seed(seed_of(settings.seed, name))
+            generator = torch.Generator().manual_seed(derived_seed(settings.seed, name))
             rounding = LearnedRounding(
                 self._truncate(name, matrix_of(layer)),
                 *(scheme.bits, scheme.group_size, scheme.symmetric),
@@ -406,7 +407,7 @@ class CrossBlock:
         rates = [group["lr"] for group in groups]
         batches = math.ceil(len(self.segments) / settings.batch_size)
         total = settings.epochs * batches
-        generator = torch.Generator().manual_seed(seed_of(settings.seed, "order", index))
+        generator = torch.Generator().manual_seed(derived_seed(settings.seed, "order", index))
         for step in range(total):
             if step % batches == 0:
                 order = torch.randperm(len(self.segments), generator=generator)

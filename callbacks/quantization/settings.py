@@ -1,6 +1,5 @@
 """What decides a cross-block quantization, and how far it has got."""
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -85,8 +84,3 @@ class Progress:
     scales: dict[str, Tensor] = field(default_factory=dict)
     thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
-
-
-def seed_of(*parts: Any) -> int:
-    """63 bits that look random, a function of `parts`."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1

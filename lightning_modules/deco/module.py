@@ -20,7 +20,7 @@ from lightning_modules.deco.losses import (
     matching_errors,
     pad_targets,
 )
-from lightning_modules.deco.network import DetectionNetwork
+from lightning_modules.deco.network import DetectionNetwork, network_images
 from lightning_modules.deco.plus import DecoPlus
 from lightning_modules.deco.released import load_backbone, load_detector
 
@@ -102,7 +102,7 @@ class DecoDetector(Method):
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images in [0, 1] to what the network was made for; same shape."""
-        return (images - self.mean) / self.std
+        return network_images(images, self.mean, self.std, None)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """The network's outputs, see `DetectionNetwork`.
@@ -112,10 +112,7 @@ class DecoDetector(Method):
             mask: bool (batch, height, width), true for padding, which the network sees as zeros after the
                 normalisation; nothing else comes of it.
         """
-        images = self.normalize(images)
-        if mask is not None:
-            images = images.masked_fill(mask[:, None], 0.0)
-        return self.network(images)
+        return self.network(network_images(images, self.mean, self.std, mask))
 
     # Training
 

@@ -46,6 +46,19 @@ class DetectionNetwork(nn.Module):
         """Remove the parts that only auxiliary outputs need; the network is for inference from then on."""
 
 
+def network_images(images: Tensor, mean: Tensor, std: Tensor, mask: Tensor | None) -> Tensor:
+    """Images in [0, 1] to what a `DetectionNetwork` takes, padding at zero.
+
+    Args:
+        images: (batch, 3, height, width).
+        mean: (1, 3, 1, 1).
+        std: (1, 3, 1, 1).
+        mask: bool (batch, height, width), true for padding.
+    """
+    images = (images - mean) / std
+    return images if mask is None else images.masked_fill(mask[:, None], 0.0)
+
+
 def grid_of(num_queries: int, grid_height: int) -> tuple[int, int]:
     """(qH, qW) of the query grid.
 

@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 from lightning_modules.base import Terms
 from lightning_modules.gendet.detector import FakeDetector
 from lightning_modules.gendet.encoder import ImageEncoder
+from lightning_modules.gendet.evaluation import first_of_each
 from lightning_modules.weights import build_network, load_weights
 
 
@@ -153,10 +154,7 @@ class NearestNeighbors(FakeDetector):
         if self.trainer.world_size > 1:
             parts: Any = self.all_gather((index, features, labels))  # (ranks, images, ...)
             index, features, labels = (values.flatten(0, 1) for values in parts)
-        order = torch.argsort(index, stable=True)
-        first = torch.ones_like(order, dtype=torch.bool)
-        first[1:] = index[order][1:] != index[order][:-1]
-        rows = order[first]
+        rows = first_of_each(index)
         return index[rows], features[rows], labels[rows]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

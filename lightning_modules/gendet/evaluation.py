@@ -51,14 +51,18 @@ class ScoreCollection(Metric):
         kept = {name: _joined(getattr(self, name)) for name in ("index", "label", "generator", "values")}
         if not len(kept["index"]):
             raise MisconfigurationException("no image was scored.")
-        index = kept["index"]
-        order = torch.argsort(index, stable=True)
-        first = torch.ones_like(order, dtype=torch.bool)
-        first[1:] = index[order][1:] != index[order][:-1]
-        rows = order[first]
+        rows = first_of_each(kept["index"])
         values = kept.pop("values")[rows]
         columns = {name: values[:, place] for place, name in enumerate(self._names)}
         return {**{name: column[rows] for name, column in kept.items()}, **columns}
+
+
+def first_of_each(index: Tensor) -> Tensor:
+    """Rows (distinct,) of the first occurrence of every value of `index` (rows,), by value."""
+    order = torch.argsort(index, stable=True)
+    first = torch.ones_like(order, dtype=torch.bool)
+    first[1:] = index[order][1:] != index[order][:-1]
+    return order[first]
 
 
 def _joined(state: Any) -> Tensor:

@@ -117,17 +117,19 @@ def test_wrong_checksum(tmp_path, monkeypatch):
 
 class Malicious:
     def __reduce__(self):
-        return os.system, ("touch /tmp/should-not-exist",)
+        return os.system, ("touch was-executed",)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-def test_malicious_pickle_is_refused(tmp_path, protocol):
+def test_malicious_pickle_is_refused(tmp_path, monkeypatch, protocol):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "train"
     path.write_bytes(pickle.dumps({"data": Malicious()}, protocol=protocol))
     with pytest.raises(
         pickle.UnpicklingError, match=r"train was refused: it is a pickle that wants to call .*system"
     ):
         read_pickle(path)
+    assert not (tmp_path / "was-executed").exists()
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
