@@ -20,17 +20,21 @@ class GPTQ(QuantizationCallback):
     Args:
         damp: share of the mean diagonal of the Hessian that is added to it.
         batch_size: calibration segments that pass through a block at once.
+        true_sequential: see `SequentialGPTQ`.
         options: of `QuantizationCallback`.
     """
 
     name = "gptq"
 
-    def __init__(self, damp: float = 0.01, batch_size: int = 1, **options: Any) -> None:
+    def __init__(
+        self, damp: float = 0.01, batch_size: int = 1, true_sequential: bool = True, **options: Any
+    ) -> None:
         super().__init__(**options)
         if damp <= 0 or batch_size < 1:
             raise ValueError(f"damp must be positive and batch_size at least 1, got {damp} and {batch_size}.")
         self.damp = damp
         self.batch_size = batch_size
+        self.true_sequential = true_sequential
 
     def quantize(
         self, trainer: Trainer, module: CausalLanguageModel, blocks: str, schemes: dict[str, Scheme]
@@ -46,6 +50,7 @@ class GPTQ(QuantizationCallback):
             damp=self.damp,
             batch_size=self.batch_size,
             device=network_device(module.network),
+            true_sequential=self.true_sequential,
         )
         matrices = engine.run()
         found = {

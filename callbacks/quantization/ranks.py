@@ -1,6 +1,7 @@
 """Calibration on several ranks: each holds its share of the segments, and all end with the same integers."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -56,3 +57,12 @@ def maximum(tensor: Tensor) -> Tensor:
     if rank_and_world()[1] > 1:
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
     return tensor
+
+
+def of_first_rank(value: Any) -> Any:
+    """Rank 0's value, which pickle must know."""
+    if rank_and_world()[1] == 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -12,7 +13,7 @@ from callbacks.quantization.error_feedback import gptq_integers
 from callbacks.quantization.grid import fit_grid, to_integers
 from callbacks.quantization.layers import QuantizedMatrix, matrix_of
 from callbacks.quantization.memory import PeakMemory
-from callbacks.quantization.ranks import total
+from callbacks.quantization.ranks import of_first_rank, total
 from callbacks.quantization.scheme import Scheme
 
 
@@ -28,22 +29,31 @@ def nearest_matrix(layer: nn.Module, scheme: Scheme) -> QuantizedMatrix:
 class InputHessian:
     """H = 2 X^T X / rows of a layer's inputs, summed up by a hook in float32."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        self._sum: Tensor | None = None
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        self._name = name
+        weight = matrix_of(layer)
+        self._sum = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
         self._rows = 0
         self._handle = layer.register_forward_pre_hook(lambda _, arguments: self._see(arguments[0]))
 
     def _see(self, x: Tensor) -> None:
         flat = x.detach().flatten(0, -2).float()
-        product = flat.T @ flat
-        self._sum = product if self._sum is None else self._sum.add_(product)
+        self._sum += flat.T @ flat
         self._rows += len(flat)
 
     def finish(self) -> Tensor:
-        """(d_in, d_in) over all ranks; takes the hook off."""
+        """(d_in, d_in) over all ranks; takes the hook off.
+
+        Raises:
+            MisconfigurationException: nothing went through the layer.
+        """
         self._handle.remove()
-        assert self._sum is not None
         rows = total(torch.tensor(float(self._rows), device=self._sum.device))
+        if not rows:
+            raise MisconfigurationException(
+                f"GPTQ: no calibration token reached {self._name}: give more calibration segments, or leave "
+                "it alone with `ignore`."
+            )
         return 2 * total(self._sum) / rows
 
 
@@ -58,6 +68,8 @@ class SequentialGPTQ:
         damp: share of the mean diagonal of the Hessian that is added to it.
         batch_size: segments that pass through a block at once.
         device: where blocks run.
+        true_sequential: within a block too, each layer sees what the quantized layers before it give; False
+            takes the inputs of all layers of a block from its unquantized form.
     """
 
     def __init__(
@@ -69,12 +81,14 @@ class SequentialGPTQ:
         damp: float = 0.01,
         batch_size: int = 1,
         device: torch.device | None = None,
+        true_sequential: bool = True,
     ) -> None:
         self.network = network
         self.schemes = schemes
         self.segments = segments
         self.damp = damp
         self.batch_size = batch_size
+        self.true_sequential = true_sequential
         self.device = device or torch.device("cpu")
         self.stack = BlockStack(network, blocks, segments[:1], self.device)
         self.handles: list[RemovableHandle] = []
@@ -89,7 +103,8 @@ class SequentialGPTQ:
         indices = [i for i in range(len(self.stack)) if self.stack.layer_names(i, list(self.schemes))]
         for index in range(indices[-1] + 1):
             began, memory = time.perf_counter(), PeakMemory(self.device)
-            matrices |= self._block(index, hidden)
+            for names in self._groups(index, hidden):
+                matrices |= self._group(index, names, hidden)
             if index < indices[-1]:
                 for place, batch in enumerate(hidden):
                     hidden[place] = self.stack.run(index, index + 1, batch.to(self.device)).cpu()
@@ -97,10 +112,40 @@ class SequentialGPTQ:
             self.rows.append({**row, "peak_memory_bytes": memory.stop()})
         return matrices
 
-    def _block(self, index: int, hidden: list[Tensor]) -> dict[str, QuantizedMatrix]:
-        """Quantize the layers of a block."""
-        layers = {n: self.network.get_submodule(n) for n in self.stack.layer_names(index, list(self.schemes))}
-        hessians = {n: InputHessian(layer) for n, layer in layers.items() if self.schemes[n].bits < 16}
+    def _groups(self, index: int, hidden: list[Tensor]) -> list[list[str]]:
+        """The layers of a block that are quantized together, those of one input, as they are executed."""
+        names = self.stack.layer_names(index, list(self.schemes))
+        if not self.true_sequential:
+            return [names]
+        seen: list[tuple[Tensor, list[str]]] = []  # holds the inputs, so that none takes another's place
+
+        def see(name: str, x: Tensor) -> None:
+            for known, group in seen:
+                if known is x:
+                    group.append(name)
+                    return
+            seen.append((x, [name]))
+
+        handles = [
+            self.network.get_submodule(name).register_forward_pre_hook(
+                lambda _, arguments, name=name: see(name, arguments[0])
+            )
+            for name in names
+        ]
+        try:
+            self.stack.run(index, index + 1, hidden[0][:1].to(self.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        groups = of_first_rank([list(dict.fromkeys(group)) for _, group in seen])
+        used = {name for group in groups for name in group}
+        late = [name for name in names if name not in used]
+        return [*groups, late] if late else groups
+
+    def _group(self, index: int, names: list[str], hidden: list[Tensor]) -> dict[str, QuantizedMatrix]:
+        """Quantize some layers of a block."""
+        layers = {name: self.network.get_submodule(name) for name in names}
+        hessians = {n: InputHessian(n, layer) for n, layer in layers.items() if self.schemes[n].bits < 16}
         if hessians:
             for batch in hidden:
                 self.stack.run(index, index + 1, batch.to(self.device))

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from callbacks.quantization import Scheme
-from callbacks.quantization.blocks import BlockStack, HiddenStates
+from callbacks.quantization import Scheme, resolve_schemes
+from callbacks.quantization.blocks import BlockStack, HiddenStates, linear_layers
+from callbacks.quantization.error_feedback import gptq_integers
 from callbacks.quantization.sequential import SequentialGPTQ, nearest_matrix
 
 
@@ -187,9 +189,6 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(make_model, segments, qu
 
 
 def test_gptq_beats_rtn_on_its_calibration_data(make_model, segments):
-    from callbacks.quantization import resolve_schemes
-    from callbacks.quantization.blocks import linear_layers
-
     original, nearest, feedback = (make_model().network.eval() for _ in range(3))
     schemes = resolve_schemes(linear_layers(original, "model.layers"), Scheme(3, 32))
     for name, scheme in schemes.items():
@@ -199,3 +198,44 @@ def test_gptq_beats_rtn_on_its_calibration_data(make_model, segments):
     target = logits(original, long)
     errors = [(logits(network, long) - target).square().mean() for network in (nearest, feedback)]
     assert errors[1] < errors[0]
+
+
+def gptq_run(make_model, segments, **options):
+    """The network and the integers of GPTQ at three bits."""
+    network = make_model().network.eval()
+    schemes = resolve_schemes(linear_layers(network, "model.layers"), Scheme(3, 32))
+    engine = SequentialGPTQ(network, "model.layers", schemes, segments, damp=0.1, **options)
+    return network, {name: matrix.integers for name, matrix in engine.run().items()}
+
+
+def test_gptq_sees_the_quantized_layers_before_a_layer(make_model, segments):
+    network, inside = gptq_run(make_model, segments)
+    _, outside = gptq_run(make_model, segments, true_sequential=False)
+    first = "model.layers.0"
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):  # nothing comes before them
+        assert torch.equal(inside[f"{first}.{name}"], outside[f"{first}.{name}"])
+    down = f"{first}.mlp.down_proj"
+    assert not torch.equal(inside[down], outside[down])
+
+    original = make_model().network.eval()
+    name_of = {layer: name for name, layer in network.named_modules()}
+    for layer, name in name_of.items():  # the quantized layers of the block, without the one in question
+        if name.startswith(first) and hasattr(layer, "weight") and name != down:
+            original.get_submodule(name).load_state_dict(layer.state_dict())
+    seen = []
+    hook = original.get_submodule(down).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    with torch.no_grad():
+        original(segments)
+    hook.remove()
+    flat = seen[0].flatten(0, 1)
+    weight = original.get_submodule(down).weight
+    expected, _ = gptq_integers(weight, 2 * flat.T @ flat / len(flat), 3, 32, damp=0.1)
+    assert (inside[down] == expected).float().mean() > 0.999  # batches are summed in another order
+
+
+def test_gptq_names_a_layer_that_nothing_reached(make_model, segments):
+    network = make_model().network.eval()
+    network.model.layers[1].self_attn.unused = torch.nn.Linear(64, 64)
+    schemes = resolve_schemes(linear_layers(network, "model.layers"), Scheme(3, 32))
+    with pytest.raises(MisconfigurationException, match=r"reached model\.layers\.1\.self_attn\.unused"):
+        SequentialGPTQ(network, "model.layers", schemes, segments, damp=0.1).run()
