@@ -66,7 +66,15 @@ class LMEvaluation(Callback):
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
-        model = HFLM(pretrained=module.network, tokenizer=module.tokenizer, batch_size=self.batch_size)
+        tokenizer = module.tokenizer
+        # as the tokenizer has it by default, but no end of text between a question and its answer
+        ends = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
+        model = HFLM(
+            pretrained=module.network,
+            tokenizer=tokenizer,
+            batch_size=self.batch_size,
+            add_bos_token=False if ends else None,
+        )
         manager = TaskManager(include_path=self.task_path) if self.task_path else None
         with torch.no_grad():
             found = simple_evaluate(

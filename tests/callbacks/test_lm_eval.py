@@ -1,4 +1,4 @@
-"""The adaptor to lm-evaluation-harness, with a stand-in for the package."""
+"""The adaptor to lm-evaluation-harness: what it hands over (to a stand-in), and the real scores."""
 
 import json
 import sys
@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 
 from callbacks import LMEvaluation, Results
 from lightning_modules import CausalLanguageModel, ImageClassifier
@@ -20,7 +21,8 @@ TINY = {
 
 
 class HFLM:
-    def __init__(self, pretrained, tokenizer, batch_size):
+    def __init__(self, pretrained, tokenizer, batch_size, add_bos_token):
+        assert add_bos_token is False  # the byte tokenizer would end every text
         self.model, self.tokenizer, self.batch_size = pretrained, tokenizer, batch_size
 
 
@@ -66,3 +68,50 @@ def test_a_missing_package_is_named(trainer, monkeypatch):
 def test_other_modules_are_refused(harness, trainer, blob_data):
     with pytest.raises(Exception, match="evaluates a CausalLanguageModel"):
         trainer(callbacks=[LMEvaluation(["piqa"])]).test(ImageClassifier("test_resnet", 4), blob_data())
+
+
+QUESTIONS = [
+    {"question": f"{first} and", "choices": [f" {word}" for word in ("one", "twenty", "x", first)]}
+    for first in ("red", "green", "a longer start", "7", "sea", "I")
+]
+
+
+def test_the_package_itself_scores_as_by_hand(trainer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    module = CausalLanguageModel("llama", model_args=TINY, tokenizer="bytes")
+    with torch.no_grad():
+        for parameter in module.network.parameters():
+            parameter.mul_(20)  # far from uniform
+    best = [
+        max(range(4), key=lambda place: log_likelihood(module, row["question"], row["choices"][place]))
+        for row in QUESTIONS
+    ]
+    assert len(set(best)) > 1
+    answers = [*best[:4], *((place + 1) % 4 for place in best[4:])]  # four right, two wrong
+    rows = [{**row, "answer": answer} for row, answer in zip(QUESTIONS, answers, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    task = {
+        "task": "continuations",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "continuations.yaml").write_text(yaml.safe_dump(task))
+    callback = LMEvaluation(["continuations"], task_path=str(tmp_path), batch_size=2)
+    trainer(callbacks=[callback, Results()]).test(module, loader(), verbose=False)
+    found = json.loads((tmp_path / "results.json").read_text())["lm_eval"]["continuations"]
+    assert found["acc"] == pytest.approx(4 / 6)
+
+
+def log_likelihood(module, text, continuation):
+    ids = module.tokenizer(text + continuation, add_special_tokens=False, return_tensors="pt").input_ids
+    with torch.no_grad():
+        scores = module.network(ids).logits.log_softmax(-1)
+    start = len(module.tokenizer(text, add_special_tokens=False).input_ids)
+    return sum(scores[0, place - 1, ids[0, place]].item() for place in range(start, ids.shape[1]))
