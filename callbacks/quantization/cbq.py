@@ -1,7 +1,7 @@
 """CBQ as a callback: cross-block reconstruction before the model is evaluated."""
 
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,8 +114,35 @@ class CBQ(QuantizationCallback):
         if cfp_activations is None:
             per_layer = [layer.get("activation_bits", 16) for layer in self.overrides.values()]
             cfp_activations = min([self.scheme.activation_bits, *per_layer]) < 16
-        given = locals()  # every option of the settings is an argument of the same name
-        self.settings = CrossBlockSettings(**{f.name: given[f.name] for f in fields(CrossBlockSettings)})
+        self.settings = CrossBlockSettings(
+            window=window,
+            overlap=overlap,
+            epochs=epochs,
+            batch_size=batch_size,
+            rounding_rank=rounding_rank,
+            rounding_init=rounding_init,
+            hard_start=hard_start,
+            lambda_com=lambda_com,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_warmup=beta_warmup,
+            learn_steps=learn_steps,
+            lr_rounding=lr_rounding,
+            lr_weight_step=lr_weight_step,
+            lr_act_step=lr_act_step,
+            loss_l2=loss_l2,
+            loss_kl=loss_kl,
+            homologous=homologous,
+            skip_first_tokens=skip_first_tokens,
+            cfp_weights=cfp_weights,
+            cfp_activations=cfp_activations,
+            cfp_coarse_factor=cfp_coarse_factor,
+            cfp_variance_weight=cfp_variance_weight,
+            cfp_min_gap=cfp_min_gap,
+            cfp_granularity=cfp_granularity,
+            cfp_variant=cfp_variant,
+            seed=seed,
+        )
         self.settings.validate()
         self.resume = resume
         self.offload = offload
