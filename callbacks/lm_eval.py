@@ -66,7 +66,7 @@ class LMEvaluation(Callback):
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
-        tokenizer = module.tokenizer
+        tokenizer: Any = module.tokenizer
         # as the tokenizer has it by default, but no end of text between a question and its answer
         ends = tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
         model = HFLM(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from callbacks.quantization.grid import SMALLEST_STEP, Grid, from_integers, to_integers
 
-ActivationMode = Literal["dynamic_token", "static_tensor"]
+ActivationMode = Literal["dynamic_token", "dynamic_token_asymmetric", "static_tensor"]
 
 
 def token_steps(x: Tensor, bits: int) -> Tensor:
@@ -72,7 +72,8 @@ class ActivationQuantizer(nn.Module):
 
     Args:
         bits: 2..8; 16 and more change nothing.
-        mode: `dynamic_token` has no state; `static_tensor` has one positive step.
+        mode: `dynamic_token` and `dynamic_token_asymmetric` have no state; `static_tensor` has one positive
+            step.
         largest: max|x| over the calibration set, for the first value of a static step.
     """
 
@@ -90,5 +91,5 @@ class ActivationQuantizer(nn.Module):
         if self.bits >= 16:
             return x
         if self.step is None:
-            return quantize_tokens(x, self.bits)
+            return quantize_tokens(x, self.bits, self.mode == "dynamic_token")
         return quantize_tensor(x, self.step.to(x.dtype), self.bits)

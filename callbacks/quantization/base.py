@@ -39,7 +39,8 @@ class QuantizationCallback(Callback, ABC):
         group_size: weights of a row that share a step, must divide the inputs of every layer; -1: the row.
         symmetric: no zero points.
         activation_bits: of the layers' inputs, 2..8; 16 leaves them alone.
-        activation_mode: `dynamic_token` takes a step from each token; `static_tensor` learns one (CBQ only).
+        activation_mode: `dynamic_token` takes a step from each token, `dynamic_token_asymmetric` a zero point
+            too, which no int8 runtime has; `static_tensor` learns one step (CBQ only).
         targets: which linear layers inside the blocks: globs over their names, class names, or `re:` and a
             regular expression.
         ignore: which of these not.

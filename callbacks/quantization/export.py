@@ -111,6 +111,8 @@ def _refuse(name: str, matrix: QuantizedMatrix, layer: nn.Module) -> None:
         reason = f"it is a {type(layer).__name__}, not a Linear"
     elif scheme.activation_mode == "static_tensor" and scheme.activation_bits < 16:
         reason = "static activation steps were never verified to load"
+    elif scheme.activation_mode == "dynamic_token_asymmetric" and scheme.activation_bits < 16:
+        reason = "no runtime has zero points of activations"
     elif scheme.activation_bits < 16 and (not scheme.symmetric or scheme.group_size != -1):
         reason = "integer runtimes want quantized activations with symmetric weights per channel"
     if reason is not None:

@@ -25,7 +25,8 @@ class Scheme:
         group_size: columns that share a step; -1 is a whole row ("per channel").
         symmetric: without a zero point.
         activation_bits: of the layer's input, 2..8, or 16 to leave it alone.
-        activation_mode: a step for each token on the fly, or one (learnable) step.
+        activation_mode: a step for each token on the fly, with or without a zero point, or one (learnable)
+            step.
     """
 
     bits: int = 4
@@ -45,7 +46,8 @@ class Scheme:
     def __str__(self) -> str:
         group = "per channel" if self.group_size == -1 else f"g{self.group_size}"
         kind = "symmetric" if self.symmetric else "asymmetric"
-        return f"W{self.bits}A{self.activation_bits} {group} {kind}"
+        shifted = self.activation_bits < 16 and self.activation_mode == "dynamic_token_asymmetric"
+        return f"W{self.bits}A{self.activation_bits} {group} {kind}{', asymmetric activations' * shifted}"
 
     @property
     def active(self) -> bool:

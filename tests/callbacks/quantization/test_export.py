@@ -88,6 +88,10 @@ def test_layers_of_two_kinds_get_groups_of_their_own(make_model, segments, tmp_p
         ({"activation_bits": 8}, "symmetric weights per channel"),
         ({"activation_bits": 8, "symmetric": True, "group_size": 32}, "symmetric weights per channel"),
         ({"bits": 16, "activation_bits": 8}, "its weights are not quantized"),
+        (
+            {"activation_bits": 8, "symmetric": True, "activation_mode": "dynamic_token_asymmetric"},
+            "zero points of activations",
+        ),
     ],
 )
 def test_what_the_format_cannot_express_is_refused_before_calibration(

@@ -120,6 +120,17 @@ def test_sixteen_bits_are_the_identity():
     assert ActivationQuantizer(16, "dynamic_token")(x) is x
 
 
+def test_modes_differ_by_their_zero_point():
+    x = torch.rand(2, 7, 12) + 3  # far from zero: a symmetric grid wastes half of its points
+    errors = [
+        (ActivationQuantizer(4, mode)(x) - x).abs().amax()
+        for mode in ("dynamic_token", "dynamic_token_asymmetric")
+    ]
+    assert errors[0] > 1.5 * errors[1]
+    largest = x.amax(-1, keepdim=True)  # the grid reaches from zero to the largest value
+    assert errors[1] <= (largest / 15 / 2).amax() * (1 + 1e-5)
+
+
 def test_loss_facts():
     target, output = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
     assert hidden_error(target, target) == 0
