@@ -105,6 +105,13 @@ class RunCheckpoint(ModelCheckpoint):
             self.dirpath = str(checkpoint_directory(Path(trainer.default_root_dir)))
         super().setup(trainer, pl_module, stage)
 
+        self._validated = False  # since the last write; validation may leave a threshold or a score behind
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What was saved before knows nothing of this validation."""
+        super().on_validation_start(trainer, pl_module)
+        self._validated = not trainer.sanity_checking
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save every epoch, also those that no validation follows."""
         super().on_train_epoch_end(trainer, pl_module)
@@ -117,8 +124,12 @@ class RunCheckpoint(ModelCheckpoint):
         self._bring_last_up_to_date(trainer)
 
     def _bring_last_up_to_date(self, trainer: Trainer) -> None:
-        if self.save_last and self._last_global_step_saved != trainer.global_step:
+        if self.save_last and (self._validated or self._last_global_step_saved != trainer.global_step):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        self._validated = False
 
 
 def checkpoint_directory(run: Path) -> Path:

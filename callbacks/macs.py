@@ -51,9 +51,24 @@ def count_macs(
 
     formulas = {**flop_registry, **_missing_formulas()}
     counter = FlopCounterMode(display=False, custom_mapping={op: weighted(f) for op, f in formulas.items()})
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     with torch.no_grad(), _countable_kernels(function), counter:
         function(*inputs)
     return Macs(counter.get_total_flops() // 2, round(sparse_flops / 2))
+
+
+class _NoModules:
+    """In place of torch's tracker of modules, which trips over parameters that are a module's input (a
+    detector's queries): only totals are wanted here.
+    """
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 class _Density:

@@ -81,6 +81,28 @@ def test_epochs_without_validation_are_saved_too(trainer, blob_data, tmp_path):
     assert torch.load(checkpoint_directory(tmp_path) / "last.ckpt", weights_only=True)["global_step"] == 16
 
 
+class Calibrated(ImageClassifier):
+    """Learns something in validation, as a detector does its threshold."""
+
+    def __init__(self):
+        super().__init__("test_vit", 4, model_args={"img_size": 32})
+        self.register_buffer("threshold", torch.tensor(0.0))
+
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        self.threshold += 1
+
+
+@pytest.mark.parametrize("interval", [None, 4, 3])
+def test_the_last_checkpoint_knows_the_last_validation(trainer, blob_data, tmp_path, interval):
+    options = {"max_epochs": 2, "enable_checkpointing": True, "num_sanity_val_steps": 0}
+    run = trainer(callbacks=[RunCheckpoint(every_n_train_steps=interval)], **options)
+    run.fit(Calibrated(), datamodule=blob_data())
+    saved = torch.load(checkpoint_directory(tmp_path) / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 8
+    assert saved["state_dict"]["threshold"] == 2
+
+
 def test_auto_takes_the_newest_that_loads(tmp_path):
     assert newest_loadable(tmp_path) is None
     folder = checkpoint_directory(tmp_path)

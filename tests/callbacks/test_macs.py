@@ -111,3 +111,16 @@ def test_a_view_of_a_weight_counts_as_the_weight():
     # a query that is not the key makes torch take the projection apart
     macs = count_macs(lambda y: attention(y + 1, y, y), x, weights={"in": attention.in_proj_weight})
     assert macs.total - macs.theoretical_sparse == (4 * 8 * 24) // 2
+
+
+def test_a_parameter_may_go_through_modules():
+    class Queries(nn.Module):  # as a detector's learned queries
+        def __init__(self):
+            super().__init__()
+            self.queries = nn.Parameter(torch.zeros(3, 4))
+            self.project = nn.Linear(4, 5)
+
+        def forward(self, images):
+            return self.project(self.queries) + images.mean()
+
+    assert count_macs(Queries(), torch.zeros(1, 3, 8, 8)).total == 3 * 4 * 5
