@@ -41,6 +41,8 @@ from lightning_modules.language_model import load_language_model, load_tokenizer
 PLAIN = {"batch_size": 2, "cfp_weights": False, "cfp_activations": False}
 BEST = {**PLAIN, "rounding_rank": "full", "homologous": False}
 """What measures best on this model: full rounding matrices, one target, no truncation."""
+LONG = {**BEST, "batch_size": 1}
+"""With 64 segments: eight times the steps."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ def sceptic() -> dict[str, Cell]:
             "cbq", **{**BEST, "cfp_weights": True, "cfp_activations": True}
         ),
         "best, soft to the end": cell("cbq", **{**BEST, "hard_start": 1.0}),
+        "best, batch of 1": cell("cbq", **{**BEST, "batch_size": 1}),
+        "best, 64 segments, batch of 1": cell("cbq", 64, **{**BEST, "batch_size": 1}),
+        "best, 64 segments, step rate 3e-3": cell("cbq", 64, **{**BEST, "lr_weight_step": 3e-3}),
         "best, 8 epochs": cell("cbq", **{**BEST, "epochs": 8}),
         "best, 24 epochs": cell("cbq", **{**BEST, "epochs": 24}),
         "best, 64 segments": cell("cbq", 64, **BEST),
@@ -130,7 +135,7 @@ def groups() -> dict[str, dict[str, Cell]]:
         | whole(Scheme(2, 64), 256)
         | {
             "W2A16 g64 asymmetric: GPTQ, 64 x 256": Cell("gptq", Scheme(2, 64), {}, 256, segments=64),
-            "W2A16 g64 asymmetric: CBQ best, 64 x 256": Cell("cbq", Scheme(2, 64), BEST, 256, segments=64),
+            "W2A16 g64 asymmetric: CBQ best, 64 x 256": Cell("cbq", Scheme(2, 64), LONG, 256, segments=64),
         },
         "w4a8": whole(Scheme(4, activation_bits=8), 256)
         | {
@@ -149,6 +154,12 @@ def groups() -> dict[str, dict[str, Cell]]:
             "W4A4 asymmetric, CFP: RTN": Cell("cbq", shifted, {**PLAIN, **channels, "epochs": 0}, 256),
             "W4A4 asymmetric: CBQ best, 16 x 256": Cell("cbq", shifted, BEST, 256),
             "W4A4 asymmetric, CFP: CBQ best, 16 x 256": Cell("cbq", shifted, {**BEST, **channels}, 256),
+            "W4A4 asymmetric, CFP, skip 1: CBQ best, 16 x 256": Cell(
+                "cbq", shifted, {**BEST, **channels, "skip_first_tokens": 1}, 256
+            ),
+            "W4A4 asymmetric, CFP: CBQ best, 64 x 256": Cell(
+                "cbq", shifted, {**LONG, **channels}, 256, segments=64
+            ),
         },
     }
 
