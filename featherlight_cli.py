@@ -89,6 +89,8 @@ class FeatherlightCLI(LightningCLI):
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
         config["callbacks"] = sorted(given, key=lambda callback: isinstance(callback, WeightAveraging))
+        if config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
         return super()._instantiate_trainer(config, callbacks)
 
     @staticmethod

@@ -169,3 +169,9 @@ def test_a_later_config_and_the_command_line_override(in_process, recipe, tmp_pa
     assert composed["trainer"]["max_epochs"] == 7
     assert composed["data"]["init_args"]["batch_size"] == 2
     assert composed["data"]["init_args"]["sample_size"] == 64
+
+
+def test_a_run_without_checkpoints(in_process, recipe, tmp_path):
+    status, printed = in_process("fit", "--config", recipe, "--trainer.enable_checkpointing", "false")
+    assert status == 0, printed
+    assert not list(tmp_path.rglob("*.ckpt"))
