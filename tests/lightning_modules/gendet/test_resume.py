@@ -115,7 +115,7 @@ def test_killed_in_the_middle_of_a_rotation(uninterrupted, featherlight):
     resumed = final(uninterrupted / "killed")
     assert_equal(whole, resumed)
     assert curves(resumed) == curves(whole)
-    assert [row[1] for row in curves(whole)] == [0, 1, 2, 3, 1, 2, 3]  # saved before the last validation
+    assert [row[1] for row in curves(whole)] == [0, 1, 2, 3, 1, 2, 3, 4]  # the last validation too
 
 
 def test_two_processes_end_like_one(uninterrupted):
