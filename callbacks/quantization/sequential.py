@@ -103,8 +103,9 @@ class SequentialGPTQ:
         indices = [i for i in range(len(self.stack)) if self.stack.layer_names(i, list(self.schemes))]
         for index in range(indices[-1] + 1):
             began, memory = time.perf_counter(), PeakMemory(self.device)
-            for names in self._groups(index, hidden):
-                matrices |= self._group(index, names, hidden)
+            groups = self._groups(index, hidden)
+            for together in [[group] for group in groups] if self.true_sequential else [groups]:
+                matrices |= self._quantize(index, together, hidden)
             if index < indices[-1]:
                 for place, batch in enumerate(hidden):
                     hidden[place] = self.stack.run(index, index + 1, batch.to(self.device)).cpu()
@@ -113,22 +114,12 @@ class SequentialGPTQ:
         return matrices
 
     def _groups(self, index: int, hidden: list[Tensor]) -> list[list[str]]:
-        """The layers of a block that are quantized together, those of one input, as they are executed."""
+        """The layers of a block as they are executed, those of one input together."""
         names = self.stack.layer_names(index, list(self.schemes))
-        if not self.true_sequential:
-            return [names]
-        seen: list[tuple[Tensor, list[str]]] = []  # holds the inputs, so that none takes another's place
-
-        def see(name: str, x: Tensor) -> None:
-            for known, group in seen:
-                if known is x:
-                    group.append(name)
-                    return
-            seen.append((x, [name]))
-
+        inputs: dict[str, list[Tensor]] = {}  # held, so that none takes another's place
         handles = [
             self.network.get_submodule(name).register_forward_pre_hook(
-                lambda _, arguments, name=name: see(name, arguments[0])
+                lambda _, arguments, name=name: inputs.setdefault(name, []).append(arguments[0])
             )
             for name in names
         ]
@@ -137,27 +128,33 @@ class SequentialGPTQ:
         finally:
             for handle in handles:
                 handle.remove()
-        groups = of_first_rank([list(dict.fromkeys(group)) for _, group in seen])
-        used = {name for group in groups for name in group}
-        late = [name for name in names if name not in used]
-        return [*groups, late] if late else groups
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for name, seen in inputs.items():
+            groups.setdefault(tuple(map(id, seen)), []).append(name)
+        return of_first_rank([*groups.values(), *([name] for name in names if name not in inputs)])
 
-    def _group(self, index: int, names: list[str], hidden: list[Tensor]) -> dict[str, QuantizedMatrix]:
-        """Quantize some layers of a block."""
-        layers = {name: self.network.get_submodule(name) for name in names}
-        hessians = {n: InputHessian(n, layer) for n, layer in layers.items() if self.schemes[n].bits < 16}
-        if hessians:
+    def _quantize(
+        self, index: int, groups: list[list[str]], hidden: list[Tensor]
+    ) -> dict[str, QuantizedMatrix]:
+        """Quantize some groups of layers of a block; a group shares its Hessian."""
+        watched: list[InputHessian | None] = []
+        for group in groups:
+            first = next((name for name in group if self.schemes[name].bits < 16), None)
+            watched.append(InputHessian(first, self.network.get_submodule(first)) if first else None)
+        if any(watched):
             for batch in hidden:
                 self.stack.run(index, index + 1, batch.to(self.device))
         found: dict[str, QuantizedMatrix] = {}
-        for name, layer in layers.items():
-            scheme = self.schemes[name]
-            found[name] = QuantizedMatrix(scheme)
-            if name in hessians:
-                found[name] = self._matrix(layer, scheme, hessians[name].finish())
-            handle = found[name].install(layer)
-            if handle is not None:
-                self.handles.append(handle)
+        for group, inputs in zip(groups, watched, strict=True):
+            hessian = inputs.finish() if inputs else None
+            for name in group:
+                layer, scheme = self.network.get_submodule(name), self.schemes[name]
+                found[name] = QuantizedMatrix(scheme)
+                if hessian is not None and scheme.bits < 16:
+                    found[name] = self._matrix(layer, scheme, hessian)
+                handle = found[name].install(layer)
+                if handle is not None:
+                    self.handles.append(handle)
         return found
 
     def _matrix(self, layer: nn.Module, scheme: Scheme, hessian: Tensor) -> QuantizedMatrix:
