@@ -75,6 +75,9 @@ def sceptic() -> dict[str, Cell]:
     def cell(method: str, segments: int = 16, **settings: Any) -> Cell:
         return Cell(method, scheme, {**PLAIN, **settings}, 256, 3, 4, segments)
 
+    def best(segments: int = 16, **changes: Any) -> Cell:
+        return cell("cbq", segments, **{**BEST, **changes})
+
     return {
         "full precision": cell("none"),
         "RTN": cell("rtn"),
@@ -85,30 +88,28 @@ def sceptic() -> dict[str, Cell]:
         "rank 5, literal start": cell("cbq", rounding_init="zero"),
         "rank 5, published rates": cell("cbq", lr_rounding=1e-4, lr_weight_step=1e-7),
         "full rounding": cell("cbq", rounding_rank="full"),
-        "full rounding, not homologous (best)": cell("cbq", **BEST),
-        "best, without KL": cell("cbq", **{**BEST, "loss_kl": False}),
-        "best, without L2": cell("cbq", **{**BEST, "loss_l2": False}),
-        "best, without learned steps": cell("cbq", **{**BEST, "learn_steps": False}),
-        "best, window 1": cell("cbq", **{**BEST, "window": 1, "overlap": 0}),
-        "best, overlap 0": cell("cbq", **{**BEST, "overlap": 0}),
-        "best, CFP on weights": cell("cbq", **{**BEST, "cfp_weights": True}),
-        "best, CFP on weights and activations": cell(
-            "cbq", **{**BEST, "cfp_weights": True, "cfp_activations": True}
-        ),
-        "best, soft to the end": cell("cbq", **{**BEST, "hard_start": 1.0}),
-        "best, batch of 1": cell("cbq", **{**BEST, "batch_size": 1}),
-        "best, 64 segments, batch of 1": cell("cbq", 64, **{**BEST, "batch_size": 1}),
-        "best, 64 segments, step rate 3e-3": cell("cbq", 64, **{**BEST, "lr_weight_step": 3e-3}),
-        "best, 8 epochs": cell("cbq", **{**BEST, "epochs": 8}),
-        "best, 24 epochs": cell("cbq", **{**BEST, "epochs": 24}),
-        "best, 64 segments": cell("cbq", 64, **BEST),
-        "best, 64 segments, 8 epochs": cell("cbq", 64, **{**BEST, "epochs": 8}),
-        "best, first token left out": cell("cbq", **{**BEST, "skip_first_tokens": 1}),
-        "best, rounding rate 3e-3": cell("cbq", **{**BEST, "lr_rounding": 3e-3}),
-        "best, rounding rate 3e-2": cell("cbq", **{**BEST, "lr_rounding": 3e-2}),
-        "best, rounding rate 1e-1": cell("cbq", **{**BEST, "lr_rounding": 1e-1}),
-        "best, step rate 3e-4": cell("cbq", **{**BEST, "lr_weight_step": 3e-4}),
-        "best, step rate 3e-3": cell("cbq", **{**BEST, "lr_weight_step": 3e-3}),
+        "full rounding, not homologous (best)": best(),
+        "best, without KL": best(loss_kl=False),
+        "best, without L2": best(loss_l2=False),
+        "best, without learned steps": best(learn_steps=False),
+        "best, window 1": best(window=1, overlap=0),
+        "best, overlap 0": best(overlap=0),
+        "best, CFP on weights": best(cfp_weights=True),
+        "best, CFP on weights and activations": best(cfp_weights=True, cfp_activations=True),
+        "best, soft to the end": best(hard_start=1.0),
+        "best, batch of 1": best(batch_size=1),
+        "best, 64 segments, batch of 1": best(64, batch_size=1),
+        "best, 64 segments, step rate 3e-3": best(64, lr_weight_step=3e-3),
+        "best, 8 epochs": best(epochs=8),
+        "best, 24 epochs": best(epochs=24),
+        "best, 64 segments": best(64),
+        "best, 64 segments, 8 epochs": best(64, epochs=8),
+        "best, first token left out": best(skip_first_tokens=1),
+        "best, rounding rate 3e-3": best(lr_rounding=3e-3),
+        "best, rounding rate 3e-2": best(lr_rounding=3e-2),
+        "best, rounding rate 1e-1": best(lr_rounding=1e-1),
+        "best, step rate 3e-4": best(lr_weight_step=3e-4),
+        "best, step rate 3e-3": best(lr_weight_step=3e-3),
     }
 
 
