@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -15,6 +14,7 @@ from lightning_modules.base import Method
 from lightning_modules.deco.losses import box_losses, match, matching_costs, mean_object_count, pad_targets
 from lightning_modules.deco.network import DetectionNetwork, network_images
 from lightning_modules.deco.released import load_detector
+from lightning_modules.normalization import register_normalization
 
 
 class DetectionTeacher(ObjectiveCallback):
@@ -97,9 +97,8 @@ class SetDistillation(nn.Module):
     def __init__(self, teacher: FrozenNetwork, min_score: float, weights: dict[str, float]) -> None:
         super().__init__()
         self._teacher = teacher
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(teacher.network, name)).view(1, 3, 1, 1)
-            self.register_buffer(name, values, persistent=False)
+        network: Any = teacher.network
+        register_normalization(self, network.mean, network.std)
         self.min_score = min_score
         self.weights = weights
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from timm.data import Mixup, resolve_data_config
@@ -12,6 +11,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.base import Method, Terms
+from lightning_modules.normalization import register_normalization
 from lightning_modules.weights import build_network
 
 
@@ -73,8 +73,7 @@ class ImageClassifier(Method):
         self.loss = loss
         self.loss_weight = loss_weight
         statistics = resolve_data_config(model=self.network)
-        for name, values in (("mean", mean or statistics["mean"]), ("std", std or statistics["std"])):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        register_normalization(self, mean or statistics["mean"], std or statistics["std"])
         self.mix = None
         if mixup > 0 or cutmix > 0:
             self.mix = Mixup(

@@ -23,6 +23,7 @@ from lightning_modules.deco.losses import (
 from lightning_modules.deco.network import DetectionNetwork, network_images
 from lightning_modules.deco.plus import DecoPlus
 from lightning_modules.deco.released import load_backbone, load_detector
+from lightning_modules.normalization import register_normalization
 
 
 class DecoDetector(Method):
@@ -80,9 +81,7 @@ class DecoDetector(Method):
         self.detections = detections or network.num_queries
         self.deployed = deployed
         self._trained: tuple[DetectionNetwork, ...] = ()  # no submodule while it waits
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(network, name)).view(1, 3, 1, 1)
-            self.register_buffer(name, values, persistent=False)
+        register_normalization(self, network.mean, network.std)
         self._evaluation = CocoEvaluation()
 
     def setup(self, stage: str) -> None:

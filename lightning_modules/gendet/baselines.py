@@ -15,6 +15,7 @@ from lightning_modules.base import Terms
 from lightning_modules.gendet.detector import FakeDetector
 from lightning_modules.gendet.encoder import ImageEncoder
 from lightning_modules.gendet.evaluation import first_of_each
+from lightning_modules.normalization import register_normalization
 from lightning_modules.weights import build_network, load_weights
 
 
@@ -89,8 +90,7 @@ class CNNDetector(LogitDetector):
             load_weights(network, weights)
         self.network = network
         statistics = resolve_data_config(model=network)
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(statistics[name]).view(1, 3, 1, 1), persistent=False)
+        register_normalization(self, statistics["mean"], statistics["std"])
 
     def inputs(self, batch: dict[str, Any]) -> Tensor:
         """Normalised images."""

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_modules.normalization import register_normalization
 from lightning_modules.weights import build_network, load_weights
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -63,8 +64,7 @@ class ImageEncoder(nn.Module):
             self.width, own_mean, own_std = _describe_clip(model, weights, self.model_args)
         else:
             self.width, own_mean, own_std = _describe_timm(model, self.model_args)
-        for name, values in (("mean", mean or own_mean), ("std", std or own_std)):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        register_normalization(self, mean or own_mean, std or own_std)
 
     @property
     def key(self) -> str:

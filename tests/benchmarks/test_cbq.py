@@ -1,8 +1,6 @@
 """The experiment on CBQ: its cells mean what they say, on a model that fits a test."""
 
 import argparse
-import importlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ import torch
 from callbacks.quantization import CrossBlockSettings, Scheme
 from lightning_modules import CausalLanguageModel
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -21,15 +18,13 @@ TINY = {
 
 
 @pytest.fixture
-def effects(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS / "effects")
-    return importlib.import_module("cbq")
+def effects(load):
+    return load("cbq")
 
 
 @pytest.fixture
-def speed(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("speed_cbq")
+def speed(load):
+    return load("speed_cbq")
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """The experiments on DECO: their recipes build what they say, and their tables add up."""
 
 import argparse
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,26 +9,20 @@ from PIL import Image
 
 from lightning_modules.deco import Deco, DecoPlus, deploy
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+@pytest.fixture
+def effects(load):
+    return load("deco")
 
 
 @pytest.fixture
-def effects(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.syspath_prepend(BENCHMARKS / "effects")
-    return importlib.import_module("deco")
+def speed(load):
+    return load("speed_deco")
 
 
 @pytest.fixture
-def speed(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("speed_deco")
-
-
-@pytest.fixture
-def baseline(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("detr_baseline")
+def baseline(load):
+    return load("detr_baseline")
 
 
 def count(network):

@@ -1,9 +1,7 @@
 """GenDet's effect and speed experiments: what they compare, that no label leaks, that their tables add up."""
 
 import argparse
-import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +9,10 @@ import timm
 import torch
 from PIL import Image
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def effects(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS / "effects")
-    return importlib.import_module("gendet")
+def effects(load):
+    return load("gendet")
 
 
 @pytest.fixture
@@ -91,9 +86,8 @@ def test_every_variant_can_be_made(effects, tmp_path):
     assert torch.equal(module.network.conv_stem.weight, state["conv_stem.weight"])
 
 
-def test_the_speed_benchmark_times_both_ways(monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    speed = importlib.import_module("speed_gendet")
+def test_the_speed_benchmark_times_both_ways(monkeypatch, tmp_path, capsys, load):
+    speed = load("speed_gendet")
     line = "speed.py --model test_resnet --image-size 32 --images 40 --batch-size 4 --repeats 1"
     monkeypatch.setattr("sys.argv", [*line.split(), "--json", str(tmp_path / "speed.json")])
     monkeypatch.setattr(speed, "peak_megabytes", lambda *_: 1.0)

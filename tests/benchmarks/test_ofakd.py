@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib
 import io
 from pathlib import Path
 
@@ -17,15 +16,13 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def effects(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS / "effects")
-    return importlib.import_module("ofakd")
+def effects(load):
+    return load("ofakd")
 
 
 @pytest.fixture
-def speed(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("speed_ofakd")
+def speed(load):
+    return load("speed_ofakd")
 
 
 def distillation(arguments, folder):
