@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _results(runs: list[str]) -> int:
     from pathlib import Path
 
-    from callbacks.results import compare
+    from callbacks.run.results import compare
 
     if not runs or runs[0] in ("-h", "--help"):
         print("usage: featherlight results RUN [RUN ...]")

@@ -19,11 +19,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 import callbacks as _callbacks  # noqa: F401  (its classes get their short names by being imported)
 import datamodules as _datamodules  # noqa: F401
 import lightning_modules as _lightning_modules  # noqa: F401
-from callbacks.checkpointing import AtomicCheckpointIO, RunCheckpoint, newest_loadable
-from callbacks.prediction_writers import PredictionWriter
-from callbacks.preemption import Preemption
-from callbacks.results import Results, run_directory
-from callbacks.resuming import ExactResume
+from callbacks.run.checkpointing import AtomicCheckpointIO, RunCheckpoint, newest_loadable
+from callbacks.run.directory import run_directory
+from callbacks.run.preemption import Preemption
+from callbacks.run.results import Results
+from callbacks.run.resuming import ExactResume
+from callbacks.writers.base import PredictionWriter
 from datamodules.reading import CorruptSampleError
 
 SHARDED = ("fsdp", "deepspeed", "model_parallel")

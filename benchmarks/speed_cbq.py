@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from callbacks.measure.memory import PeakMemory
 from callbacks.quantization import CrossBlock, CrossBlockSettings, Scheme, resolve_schemes
 from callbacks.quantization.blocks import BlockStack, find_blocks, linear_layers
 from callbacks.quantization.grid import fit_grid
 from callbacks.quantization.layers import replace_module
 from callbacks.quantization.losses import reconstruction_loss
-from callbacks.quantization.memory import PeakMemory
 from callbacks.quantization.rounding import rect, rect_inverse
 from callbacks.quantization.windows import sliding_windows
 from lightning_modules.language_model import build_language_model, load_language_model

@@ -1,9 +1,6 @@
 """Everything that plugs into a run: objectives, structure, reports and writers."""
 
-from callbacks.checkpointing import AtomicCheckpointIO, RunCheckpoint
-from callbacks.cka import CKAAnalysis
-from callbacks.detection_teacher import DetectionTeacher
-from callbacks.detection_writer import DetectionWriter
+from callbacks.deploy.onnx import ONNXExport
 from callbacks.distillation import (
     BKD,
     CC,
@@ -17,21 +14,27 @@ from callbacks.distillation import (
     DistillationTeacher,
     FitNet,
 )
-from callbacks.efficiency import EfficiencyReport
-from callbacks.export import ONNXExport
-from callbacks.generator_report import GeneratorReport
-from callbacks.lm_eval import LMEvaluation
-from callbacks.objective import FeatureTaps, FrozenNetwork, ObjectiveCallback
-from callbacks.prediction_writers import ClassificationWriter, PredictionWriter
-from callbacks.preemption import Preemption
+from callbacks.distillation.detection import DetectionTeacher
+from callbacks.measure.cka import CKAAnalysis
+from callbacks.measure.efficiency import EfficiencyReport
+from callbacks.measure.generator_report import GeneratorReport
+from callbacks.measure.lm_eval import LMEvaluation
+from callbacks.measure.stage_logger import StageLogger
+from callbacks.objective import ObjectiveCallback
 from callbacks.pruning import MagnitudePruning, PruningCallback, RankPruning, RigL
 from callbacks.quantization import CBQ, GPTQ, RTN, QuantizationCallback
-from callbacks.results import Results
-from callbacks.resuming import ExactResume
-from callbacks.score_writer import ScoreWriter
-from callbacks.stage_logger import StageLogger
-from callbacks.text_writer import TextWriter
+from callbacks.run.checkpointing import AtomicCheckpointIO, RunCheckpoint
+from callbacks.run.preemption import Preemption
+from callbacks.run.results import Results
+from callbacks.run.resuming import ExactResume
 from callbacks.token_reduction import EViT, TokenPruningPooling, TokenReduction, ToMe
+from callbacks.writers.base import PredictionWriter
+from callbacks.writers.classification import ClassificationWriter
+from callbacks.writers.detection import DetectionWriter
+from callbacks.writers.scores import ScoreWriter
+from callbacks.writers.text import TextWriter
+from lightning_modules.parts.frozen import FrozenNetwork
+from lightning_modules.parts.taps import FeatureTaps
 
 __all__ = [
     "BKD",

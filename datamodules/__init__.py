@@ -2,15 +2,15 @@
 
 from datamodules.base import DataModule, TransformImage, VisionDataModule
 from datamodules.cifar100 import CIFAR100DataModule
-from datamodules.coco import CocoDataModule
-from datamodules.coco_transforms import DecoPlusTransforms, DecoTransforms, DetectionTransforms
-from datamodules.fake_images import FakeImagesDataModule
-from datamodules.fake_images_transforms import Degradation, FakeImageTransforms
+from datamodules.coco.module import CocoDataModule
+from datamodules.coco.transforms import DecoPlusTransforms, DecoTransforms, DetectionTransforms
+from datamodules.fake_images.module import FakeImagesDataModule
+from datamodules.fake_images.transforms import Degradation, FakeImageTransforms
 from datamodules.imagenet import ImageFolderDataModule, ImageNetDataModule
 from datamodules.images import ImagesDataModule
 from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, hash_seed
 from datamodules.reading import CorruptSampleError, read_image
-from datamodules.text import TextDataModule
+from datamodules.text.module import TextDataModule
 from datamodules.transforms import PINNED, ImageTransforms
 
 __all__ = [

@@ -1,6 +1,5 @@
 """One room a method: networks, losses and the LightningModules that train them."""
 
-from lightning_modules import students  # noqa: F401  (registers swin_nano and swin_pico with timm)
 from lightning_modules.base import Method
 from lightning_modules.classification import ImageClassifier
 from lightning_modules.deco import Deco, DecoDetector, DecoPlus, FocalCriterion, VarifocalCriterion
@@ -14,7 +13,8 @@ from lightning_modules.gendet import (
     StageSchedule,
 )
 from lightning_modules.language_model import CausalLanguageModel
-from lightning_modules.schedules import WarmupSchedule
+from lightning_modules.parts import students  # noqa: F401  (registers swin_nano and swin_pico with timm)
+from lightning_modules.parts.schedules import WarmupSchedule
 
 __all__ = [
     "CNNDetector",

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_modules.finite import FiniteGuard
-from lightning_modules.reproducibility import seed_step
-from lightning_modules.schedules import WarmupSchedule
-from lightning_modules.selection import match
+from lightning_modules.parts.finite import FiniteGuard
+from lightning_modules.parts.reproducibility import seed_step
+from lightning_modules.parts.schedules import WarmupSchedule
+from lightning_modules.parts.selection import match
 
 Terms: TypeAlias = dict[str, Tensor]
 

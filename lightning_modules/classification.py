@@ -11,8 +11,8 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.base import Method, Terms
-from lightning_modules.normalization import register_normalization
-from lightning_modules.weights import build_network
+from lightning_modules.parts.normalize import register_normalization
+from lightning_modules.parts.weights import build_network
 
 
 class ImageClassifier(Method):

@@ -14,7 +14,7 @@ import pytest
 import timm
 import yaml
 
-import lightning_modules.weights
+import lightning_modules.parts.weights
 from featherlight_cli import make_cli
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -34,7 +34,9 @@ def _no_downloads(monkeypatch):
     """Networks without the weights that only the hub has."""
     create = timm.create_model
     monkeypatch.setattr(
-        lightning_modules.weights.timm, "create_model", lambda *a, pretrained=False, **k: create(*a, **k)
+        lightning_modules.parts.weights.timm,
+        "create_model",
+        lambda *a, pretrained=False, **k: create(*a, **k),
     )
 
 

@@ -30,12 +30,12 @@ import torch
 from harness import table
 from torch import Tensor, nn
 
+from callbacks.measure.memory import PeakMemory
 from callbacks.quantization import CrossBlock, CrossBlockSettings, Scheme, SequentialGPTQ, resolve_schemes
 from callbacks.quantization.blocks import find_blocks, linear_layers
-from callbacks.quantization.memory import PeakMemory
 from callbacks.quantization.sequential import nearest_matrix
 from callbacks.quantization.windows import sliding_windows
-from datamodules.corpora import packed_segments
+from datamodules.text.corpora import packed_segments
 from lightning_modules.language_model import load_language_model, load_tokenizer, token_nll
 
 PLAIN = {"batch_size": 2, "cfp_weights": False, "cfp_activations": False}

@@ -22,7 +22,7 @@ from callbacks import EViT, TokenPruningPooling, ToMe
 from callbacks.token_reduction import VitShape
 from datamodules import ImageFolderDataModule, ImageTransforms
 from lightning_modules import ImageClassifier
-from lightning_modules.weights import load_weights
+from lightning_modules.parts.weights import load_weights
 
 RECIPE = HERE / "cifar10_vit.yaml"
 BLOCKS = [1, 2, 3]

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from callbacks.distillation.criterion import Criterion, TrainingSet
 from callbacks.distillation.functional import full_precision, hard_labels
-from callbacks.distillation.gathering import gather, is_distributed, mean_over_ranks
 from callbacks.distillation.relations import Embedding
 from callbacks.distillation.taps import Features, FeatureShapes
+from lightning_modules.parts.distributed import gather, is_distributed, mean_over_ranks
 
 _EPS = 1e-7
 _MAX_ROUNDS = 1000  # of redrawing negatives: enough for 99 % of one class

@@ -1,7 +1,6 @@
 """The frozen teacher: how it is built, what it sees, and what it answers."""
 
 from collections.abc import Callable
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 
 from callbacks.distillation.functional import full_precision
 from callbacks.distillation.taps import Features, NetworkTaps
-from callbacks.objective import FrozenNetwork
-from lightning_modules.finite import FiniteGuard
-from lightning_modules.students import from_timm_065
-from lightning_modules.weights import build_network, load_weights, read_checkpoint
+from lightning_modules.parts.finite import FiniteGuard
+from lightning_modules.parts.frozen import FrozenNetwork, weights_digest
+from lightning_modules.parts.students import from_timm_065
+from lightning_modules.parts.weights import build_network, load_weights, read_checkpoint
 
 
 class FrozenTeacher(FrozenNetwork):
@@ -153,12 +152,3 @@ def own_statistics(network: nn.Module, name: str) -> tuple[tuple[float, ...], tu
         )
     config = resolve_data_config(model=network)
     return tuple(config["mean"]), tuple(config["std"])
-
-
-def weights_digest(network: nn.Module) -> str:
-    """A short hash of all parameters and buffers, by name and content."""
-    digest = blake2b(digest_size=8)
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from callbacks.distillation.criterion import Criterion
 from callbacks.distillation.functional import bkd_loss, dist_loss, dkd_loss, kd_loss
-from callbacks.distillation.gathering import gather_with_gradient
 from callbacks.distillation.taps import Features
+from lightning_modules.parts.distributed import gather_with_gradient
 
 
 class KD(Criterion):

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from callbacks.distillation.criterion import Criterion, TrainingSet
 from callbacks.distillation.functional import cc_loss, rkd_angle_loss, rkd_distance_loss
-from callbacks.distillation.gathering import gather_with_gradient
 from callbacks.distillation.taps import Features, FeatureShapes
+from lightning_modules.parts.distributed import gather_with_gradient
 
 
 class Embedding(nn.Module):

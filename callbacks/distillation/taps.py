@@ -16,7 +16,7 @@ import timm.models as zoo
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, is_grad_enabled, nn
 
-from lightning_modules.selection import match
+from lightning_modules.parts.selection import match
 
 STAGES = 4
 

@@ -20,7 +20,7 @@ from callbacks.pruning.masks import MaskBook
 from callbacks.pruning.report import layer_table, plot_layers, plot_schedule, summary
 from callbacks.pruning.schedules import Timetable
 from callbacks.pruning.tensors import owning_optimizer, prunable_modules
-from callbacks.results import run_directory
+from callbacks.run.directory import run_directory
 
 _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from callbacks.pruning.rank_loss import as_matrix, delta_rank, effective_rank, energies
-from callbacks.results import replaced_atomically
+from callbacks.run.directory import replaced_atomically
 
 _LARGEST_SIDE = 2048  # the spectrum of a larger matrix takes seconds on a CPU
 

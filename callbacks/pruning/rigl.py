@@ -11,7 +11,7 @@ from callbacks.pruning.criteria import keep_largest, random_mask
 from callbacks.pruning.distributions import FixedDistribution, layer_densities, linear_layers
 from callbacks.pruning.growth import Apply, move_weights
 from callbacks.pruning.schedules import Timetable, drop_fraction_at
-from lightning_modules.reproducibility import derived_seed, run_seed
+from lightning_modules.parts.reproducibility import derived_seed, run_seed
 
 InitialMasks: TypeAlias = Literal["random", "magnitude"]
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import LBFGS, Optimizer
 
-from lightning_modules.selection import match, select_modules
+from lightning_modules.parts.selection import match, select_modules
 
 TRAINING_ONLY = "objectives."  # projectors and exits of objectives are thrown away after training
 

@@ -1,9 +1,9 @@
 """Post-training quantization of language models: RTN, GPTQ and CBQ, and the pieces that they are made of."""
 
+from callbacks.deploy.compressed_tensors import export_model
 from callbacks.quantization.base import QuantizationCallback
 from callbacks.quantization.cbq import CBQ
 from callbacks.quantization.cross_block import CrossBlock
-from callbacks.quantization.export import export_model
 from callbacks.quantization.gptq import GPTQ
 from callbacks.quantization.rtn import RTN
 from callbacks.quantization.scheme import Scheme, resolve_schemes

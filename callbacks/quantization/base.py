@@ -14,13 +14,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from callbacks.deploy.compressed_tensors import ExportFormat, compression_config, export_model
 from callbacks.quantization.activations import ActivationMode
 from callbacks.quantization.blocks import find_blocks, linear_layers
-from callbacks.quantization.export import ExportFormat, compression_config, export_model
 from callbacks.quantization.layers import QuantizedMatrix
 from callbacks.quantization.report import describe
 from callbacks.quantization.scheme import Scheme, resolve_schemes
-from callbacks.results import announce, run_directory, write_json
+from callbacks.run.directory import announce, run_directory, write_json
 from lightning_modules.language_model import CausalLanguageModel, TokenLikelihood, token_nll
 
 Export = Literal["none", "dense", "compressed-tensors", "both"]

@@ -19,7 +19,7 @@ from callbacks.quantization.scheme import Scheme
 from callbacks.quantization.settings import CrossBlockSettings, Progress
 from callbacks.quantization.store import ProgressFile, fingerprint
 from callbacks.quantization.windows import sliding_windows
-from callbacks.results import announce, run_directory
+from callbacks.run.directory import announce, run_directory
 from lightning_modules.language_model import CausalLanguageModel
 
 Rank = int | Literal["full"]

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from callbacks.measure.memory import PeakMemory
 from callbacks.quantization.activations import ActivationQuantizer
 from callbacks.quantization.blocks import BlockStack, HiddenStates, chunks
 from callbacks.quantization.folding import ChannelRange, apply_fold, fold_scales, folds_of
 from callbacks.quantization.layers import LearnedLayer, matrix_of, replace_module
 from callbacks.quantization.losses import hidden_error, reconstruction_loss
-from callbacks.quantization.memory import PeakMemory
 from callbacks.quantization.outliers import detect_outliers, truncated
 from callbacks.quantization.ranks import average, maximum, rank_and_world
 from callbacks.quantization.rounding import LearnedRounding, beta_at
 from callbacks.quantization.scheme import Scheme
 from callbacks.quantization.settings import CrossBlockSettings, Progress
-from lightning_modules.reproducibility import derived_seed
+from lightning_modules.parts.reproducibility import derived_seed
 
 
 class CrossBlock:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from callbacks.quantization.activations import ActivationMode
-from lightning_modules.selection import match
+from lightning_modules.parts.selection import match
 
 LAYERS = (nn.Linear, Conv1D)
 """Types that can be quantized; Conv1D (GPT-2) is a linear layer with a transposed weight."""

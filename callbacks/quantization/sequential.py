@@ -8,11 +8,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from callbacks.measure.memory import PeakMemory
 from callbacks.quantization.blocks import BlockStack
 from callbacks.quantization.error_feedback import gptq_integers
 from callbacks.quantization.grid import fit_grid, to_integers
 from callbacks.quantization.layers import QuantizedMatrix, matrix_of
-from callbacks.quantization.memory import PeakMemory
 from callbacks.quantization.ranks import of_first_rank, total
 from callbacks.quantization.scheme import Scheme
 

@@ -12,10 +12,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from callbacks.checkpointing import AtomicCheckpointIO
 from callbacks.quantization.layers import QuantizedMatrix
 from callbacks.quantization.scheme import Scheme
 from callbacks.quantization.settings import Progress
+from callbacks.run.checkpointing import AtomicCheckpointIO
 
 _TENSORS = ("integers", "scale", "zero_point")
 

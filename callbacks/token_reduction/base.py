@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from callbacks.results import run_directory
+from callbacks.run.directory import run_directory
 from callbacks.token_reduction.macs import VitShape, smallest_r
 from callbacks.token_reduction.network import ReducedTransformer
 from callbacks.token_reduction.options import find_transformer, spread

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from callbacks.token_reduction.state import BlockRecord
-from callbacks.visualization import contact_sheet
+from callbacks.writers.drawing import contact_sheet
 
 if TYPE_CHECKING:
     from PIL import Image

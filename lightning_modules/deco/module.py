@@ -23,7 +23,7 @@ from lightning_modules.deco.losses import (
 from lightning_modules.deco.network import DetectionNetwork, network_images
 from lightning_modules.deco.plus import DecoPlus
 from lightning_modules.deco.released import load_backbone, load_detector
-from lightning_modules.normalization import register_normalization
+from lightning_modules.parts.normalize import register_normalization
 
 
 class DecoDetector(Method):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_modules.deco.backbones import ConvNeXtTiny, ResNet50, ResNetD
 from lightning_modules.deco.network import Deco, DetectionNetwork
 from lightning_modules.deco.plus import DecoPlus
-from lightning_modules.weights import read_checkpoint, state_dict_of
+from lightning_modules.parts.weights import read_checkpoint, state_dict_of
 
 _ALIAS = "deco_convnet.decoder.bbox_embed."  # the release has DECO's box heads under this name, too
 

@@ -13,10 +13,10 @@ from torch.optim import SGD, Optimizer
 
 from lightning_modules.base import Terms
 from lightning_modules.gendet.detector import FakeDetector
-from lightning_modules.gendet.encoder import ImageEncoder
 from lightning_modules.gendet.evaluation import first_of_each
-from lightning_modules.normalization import register_normalization
-from lightning_modules.weights import build_network, load_weights
+from lightning_modules.parts.encoder import ImageEncoder
+from lightning_modules.parts.normalize import register_normalization
+from lightning_modules.parts.weights import build_network, load_weights
 
 
 class LogitDetector(FakeDetector):

@@ -8,7 +8,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_modules.base import Method
-from lightning_modules.gendet.encoder import ImageEncoder
 from lightning_modules.gendet.evaluation import (
     GeneratorScore,
     ScoreCollection,
@@ -16,7 +15,8 @@ from lightning_modules.gendet.evaluation import (
     score_generator,
     unweighted_mean,
 )
-from lightning_modules.weights import load_weights, read_checkpoint
+from lightning_modules.parts.encoder import ImageEncoder
+from lightning_modules.parts.weights import load_weights, read_checkpoint
 
 COLUMNS = ("ap", "accuracy", "calibrated_accuracy", "oracle_accuracy", "discrepancy_auc", "teacher_ap")
 

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from lightning_modules.base import Terms
 from lightning_modules.gendet.detector import FakeDetector
-from lightning_modules.gendet.encoder import ImageEncoder
 from lightning_modules.gendet.losses import Reduction, agreement_loss, check_margin, disagreement_loss
 from lightning_modules.gendet.network import Activation, GenDetNet
 from lightning_modules.gendet.schedule import LABELS, STAGES, Stage, StageSchedule
+from lightning_modules.parts.encoder import ImageEncoder
 
 OPTIMIZERS: dict[Stage, int] = {"teacher": 0, "real": 1, "fake": 1, "augment": 2, "classifier": 3}
 """Which of the four optimisers a stage steps; real and fake epochs share the student's."""

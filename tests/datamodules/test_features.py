@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
-from datamodules.fake_images_transforms import FakeImageTransforms
+from datamodules.fake_images.transforms import FakeImageTransforms
 from datamodules.features import FeatureCache, FeatureDataset, FeatureStore, shard_file
 from datamodules.reading import CorruptSampleError
 

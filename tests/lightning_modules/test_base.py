@@ -6,7 +6,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_modules.base import Method
-from lightning_modules.reproducibility import derived_seed, seed_step
+from lightning_modules.parts.reproducibility import derived_seed, seed_step
 
 
 class Scale(Method):

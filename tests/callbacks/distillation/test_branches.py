@@ -3,7 +3,7 @@ import timm
 import torch
 from torch import nn
 
-import lightning_modules.students
+import lightning_modules.parts.students
 from callbacks.distillation.branches import PatchMerging, exit_branches, merge_count, token_branch
 from callbacks.distillation.taps import StageShape
 
@@ -101,7 +101,7 @@ def test_parameter_counts_are_the_papers(student, teacher_width, num_classes, wa
     ],
 )
 def test_parameter_counts_of_students_and_teachers(name, num_classes, wanted):
-    assert lightning_modules.students
+    assert lightning_modules.parts.students
     with torch.device("meta"):
         assert count(timm.create_model(name, num_classes=num_classes)) == wanted
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 
-import lightning_modules.weights
+import lightning_modules.parts.weights
 from callbacks.distillation import DistillationTeacher
 from featherlight_cli import make_cli
 
@@ -40,7 +40,9 @@ def test_commands_build(arguments, example, tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     create = timm.create_model
     monkeypatch.setattr(
-        lightning_modules.weights.timm, "create_model", lambda *a, pretrained=False, **k: create(*a, **k)
+        lightning_modules.parts.weights.timm,
+        "create_model",
+        lambda *a, pretrained=False, **k: create(*a, **k),
     )
     _, *options = arguments
     if "--ckpt_path" in options:  # an option of the command, not of what it builds

@@ -9,7 +9,7 @@ import timm
 import torch
 import yaml
 
-import lightning_modules.students  # noqa: F401  (makes swin_nano and swin_pico known to timm)
+import lightning_modules.parts.students  # noqa: F401  (makes swin_nano and swin_pico known to timm)
 from callbacks.distillation import OFA, FitNet
 from callbacks.distillation.criterion import TrainingSet
 from callbacks.distillation.taps import NetworkTaps

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_modules.schedules import WarmupSchedule
+from lightning_modules.parts.schedules import WarmupSchedule
 
 CIFAR = {"warmup_lr": 1e-4, "warmup_epochs": 3, "min_lr": 1e-3}
 TOKENS = {"warmup_lr": 5e-7, "warmup_epochs": 20}

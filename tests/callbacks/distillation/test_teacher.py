@@ -10,8 +10,9 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from callbacks.distillation import BKD, CC, CRD, DIST, DKD, KD, OFA, RKD, DistillationTeacher, FitNet
-from callbacks.distillation.frozen_teacher import own_statistics, weights_digest
+from callbacks.distillation.frozen_teacher import own_statistics
 from lightning_modules.classification import ImageClassifier
+from lightning_modules.parts.frozen import weights_digest
 
 CRITERIA = {
     "ofa": (OFA, {"kd", "ofa"}),

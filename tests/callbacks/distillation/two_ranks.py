@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from callbacks.distillation import CC, CRD, DIST, RKD, Criterion, DistillationTeacher
 from callbacks.distillation.criterion import TrainingSet
-from callbacks.distillation.gathering import gather, gather_with_gradient
 from callbacks.distillation.taps import FeatureShapes
 from lightning_modules.classification import ImageClassifier
+from lightning_modules.parts.distributed import gather, gather_with_gradient
 
 SAMPLES = 16
 VIT = {"img_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 16, "num_heads": 2}

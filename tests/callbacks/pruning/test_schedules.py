@@ -14,7 +14,7 @@ from callbacks.pruning.schedules import (
     drop_fraction_at,
     exponential_density,
 )
-from lightning_modules.schedules import WarmupSchedule
+from lightning_modules.parts.schedules import WarmupSchedule
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from callbacks import CBQ, GPTQ, RTN, Results
 from callbacks.quantization.base import QuantizationCallback
 from callbacks.quantization.blocks import linear_layers
-from callbacks.text_writer import TextWriter
+from callbacks.writers.text import TextWriter
 from lightning_modules import ImageClassifier
 
 SMALL = {"bits": 3, "group_size": 32}

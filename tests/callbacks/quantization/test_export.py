@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from callbacks.deploy.compressed_tensors import export_model, form_of
 from callbacks.quantization import RTN, Scheme
 from callbacks.quantization.cbq import CBQ
-from callbacks.quantization.export import export_model, form_of
 from callbacks.quantization.sequential import nearest_matrix
 from lightning_modules import CausalLanguageModel
 

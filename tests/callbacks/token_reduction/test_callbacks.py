@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from timm.models.vision_transformer import Block, VisionTransformer
 
-from callbacks.results import Results
+from callbacks.run.results import Results
 from callbacks.token_reduction import EViT, TokenPruningPooling, ToMe
 from lightning_modules.classification import ImageClassifier
 

@@ -3,7 +3,7 @@ import timm
 import torch
 from timm.layers.attention import Attention
 
-from callbacks.macs import count_macs
+from callbacks.measure.macs import count_macs
 from callbacks.token_reduction import KeepAttentive, MergeSimilar, PruneOrPool, VitShape, patch, smallest_r
 
 

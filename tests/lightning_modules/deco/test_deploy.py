@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import FrozenBatchNorm2d
 
-from callbacks.export import export_onnx
+from callbacks.deploy.onnx import export_onnx
 from lightning_modules.deco.deploy import deploy
 from lightning_modules.deco.network import Deco
 from lightning_modules.deco.packing import PackedConv2d, PackedLinear, can_pack

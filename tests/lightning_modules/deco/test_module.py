@@ -9,9 +9,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
 from torch.multiprocessing import start_processes
 
-from callbacks.resuming import ExactResume
-from datamodules.coco import CocoDataModule
-from datamodules.coco_transforms import DecoPlusTransforms, DecoTransforms
+from callbacks.run.resuming import ExactResume
+from datamodules.coco.module import CocoDataModule
+from datamodules.coco.transforms import DecoPlusTransforms, DecoTransforms
 from lightning_modules.deco import Deco, DecoDetector, DecoPlus, FocalCriterion, VarifocalCriterion
 from lightning_modules.deco.averaging import ramped_average, ramped_decay
 from lightning_modules.deco.boxes import Detections

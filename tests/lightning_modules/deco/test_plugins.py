@@ -9,15 +9,15 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import callbacks.detection_teacher
+import callbacks.distillation.detection
 import callbacks.pruning  # noqa: F401  (short names)
-from callbacks.detection_teacher import SetDistillation
-from callbacks.objective import FrozenNetwork
-from datamodules.coco import CocoDataModule
-from datamodules.coco_transforms import DecoTransforms
+from callbacks.distillation.detection import SetDistillation
+from datamodules.coco.module import CocoDataModule
+from datamodules.coco.transforms import DecoTransforms
 from lightning_modules.classification import ImageClassifier
 from lightning_modules.deco import Deco, DecoDetector, FocalCriterion
 from lightning_modules.deco.losses import pad_targets
+from lightning_modules.parts.frozen import FrozenNetwork
 from tests.golden.fill import fill
 
 CONFIGS = Path(__file__).parents[3] / "configs"

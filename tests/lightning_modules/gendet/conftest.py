@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from datamodules.fake_images import FakeImagesDataModule
+from datamodules.fake_images.module import FakeImagesDataModule
 from datamodules.features import FeatureDataset
 
 

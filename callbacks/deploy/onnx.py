@@ -1,0 +1,258 @@
+"""Export to formats that run without us."""
+
+import importlib.util
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+
+from callbacks.measure.efficiency import state_dict_bytes
+from callbacks.run.directory import announce, run_directory
+from lightning_modules.parts.inference import InferencePath, evaluating, inputs_of, repeat_to
+
+PROTOBUF_LIMIT = 1_900_000_000  # bytes; an ONNX file of 2 GiB needs its weights beside it
+
+
+class ONNXExport(Callback):
+    """Exports the inference path to ONNX, with a free batch size, and compares it with torch in onnxruntime.
+
+    The graph holds the normalisation: its input is `images`, float32 (batch, 3, height, width) in [0, 1], of
+    the height and width of the first batch. Weights that were pruned are zeros in the file. The file appears
+    in the run directory only if it passed the comparison, at the exported batch size of two and at one and
+    three.
+
+    Args:
+        when: after `test`, or after `fit` (the last weights then, not the best checkpoint's).
+        file_name: of the exported file in the run directory.
+        tolerance: largest absolute difference of any output from torch's.
+        opset: ONNX operator set; None takes the exporter's own.
+    """
+
+    name = "onnx"
+
+    def __init__(
+        self,
+        when: Literal["test", "fit"] = "test",
+        file_name: str = "model.onnx",
+        tolerance: float = 1e-4,
+        opset: int | None = None,
+    ) -> None:
+        if Path(file_name).name != file_name or not file_name.endswith(".onnx"):
+            raise ValueError(f"ONNXExport: file_name is a name that ends in .onnx, not '{file_name}'.")
+        self.when = when
+        self.file_name = file_name
+        self.tolerance = tolerance
+        self.opset = opset
+        self._inputs: tuple[Tensor, ...] | None = None
+        self._from_validation = False
+        self._report: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Fail before the work, not after it.
+
+        Raises:
+            ModuleNotFoundError: a package of the extra is missing.
+            MisconfigurationException: the strategy shards the network.
+        """
+        if stage != self.when:
+            return
+        lacking = [p for p in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(p) is None]
+        if lacking:
+            raise ModuleNotFoundError(
+                f"ONNXExport needs {', '.join(lacking)}: pip install featherlight[export]"
+            )
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+            raise MisconfigurationException(
+                "ONNXExport exports no sharded network: run `test` on its checkpoint on one device."
+            )
+        self._inputs, self._from_validation, self._report = None, False, {}
+
+    # Catching an example
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep a first input; one of a validation is preferred, for its size is that of inference."""
+        if self.when == "fit" and self._inputs is None:
+            self._catch(pl_module, batch)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: int
+    ) -> None:
+        """Keep the first validation's input."""
+        if self.when == "fit" and not self._from_validation:
+            self._catch(pl_module, batch)
+            self._from_validation = True
+
+    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: int) -> None:
+        """Keep the first input."""
+        if self.when == "test" and self._inputs is None:
+            self._catch(pl_module, batch)
+
+    def _catch(self, module: LightningModule, batch: Any) -> None:
+        inputs = inputs_of(module, batch)
+        if inputs is None:
+            raise MisconfigurationException(
+                f"ONNXExport finds no `image` or `input_ids` in a batch ({type(batch).__name__}): give "
+                f"{type(module).__name__} a method `inference_inputs(batch)`."
+            )
+        self._inputs = tuple(tensor[:3].detach().cpu().clone() for tensor in inputs)
+
+    # Exporting
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export after `test`."""
+        if self.when == "test":
+            self._export(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export after `fit`."""
+        if self.when == "fit":
+            self._export(trainer, pl_module)
+
+    def results(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """File, size, operator set and the difference from torch; empty where nothing was exported."""
+        return self._report
+
+    def _export(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.is_global_zero and self._inputs is not None:
+            path = run_directory(trainer) / self.file_name
+            announce(trainer, f"exporting to {path}, which takes some seconds")
+            device = module.device
+            # out of the stage's inference mode: parameters that moved in it could never be trained again
+            with torch.inference_mode(False), torch.no_grad(), evaluating(module):
+                module.cpu()
+                try:
+                    self._report = export_onnx(
+                        InferencePath(module), self._inputs, path, self.tolerance, self.opset
+                    )
+                finally:
+                    module.to(device)
+        trainer.strategy.barrier("ONNXExport")
+
+
+def export_onnx(
+    network: nn.Module,
+    inputs: tuple[Tensor, ...],
+    path: Path,
+    tolerance: float = 1e-4,
+    opset: int | None = None,
+) -> dict[str, Any]:
+    """Export `network` with a free batch size to `path`, if onnxruntime gives what torch gives.
+
+    Args:
+        network: in eval mode, float32, on the CPU.
+        inputs: its arguments, batch first; two of the batch are traced.
+        path: the file; it is written at once or not at all. From 1.9 GB on the weights lie beside it.
+        tolerance: largest absolute difference of any output.
+        opset: ONNX operator set; None takes the exporter's own.
+
+    Returns:
+        `path`, `bytes`, `opset`, `max_abs_difference`, `tolerance`, `export_seconds`.
+
+    Raises:
+        MisconfigurationException: the network is not float32.
+        RuntimeError: it cannot be exported, or the outputs differ by more than `tolerance`.
+    """
+    kinds = {str(p.dtype) for p in network.parameters() if p.is_floating_point()} - {"torch.float32"}
+    if kinds:
+        raise MisconfigurationException(
+            f"ONNXExport exports float32, and the network has {', '.join(sorted(kinds))}: run it with "
+            "trainer.precision=32-true or a mixed precision."
+        )
+    start = time.perf_counter()
+    program = _traced(network, tuple(repeat_to(tensor, 2) for tensor in inputs), opset)
+    large = state_dict_bytes(network) > PROTOBUF_LIMIT
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as directory:
+        program.save(Path(directory) / path.name, external_data=large)
+        batches = [tuple(repeat_to(tensor, count) for tensor in inputs) for count in (1, 2, 3)]
+        difference = max_abs_difference(network, Path(directory) / path.name, batches)
+        if not difference <= tolerance:
+            raise RuntimeError(
+                f"ONNXExport: the outputs of onnxruntime differ from torch's by up to {difference:.3g}, more "
+                f"than tolerance {tolerance:.3g}; {path} is not written."
+            )
+        size = 0
+        for file in sorted(Path(directory).iterdir()):
+            size += file.stat().st_size
+            os.replace(file, path.parent / file.name)
+    return {
+        "path": str(path),
+        "bytes": size,
+        "opset": program.model.opset_imports[""],
+        "max_abs_difference": difference,
+        "tolerance": tolerance,
+        "export_seconds": time.perf_counter() - start,
+    }
+
+
+def _traced(network: nn.Module, inputs: tuple[Tensor, ...], opset: int | None) -> "torch.onnx.ONNXProgram":
+    names = ["images"] if len(inputs) == 1 else [f"input_{place}" for place in range(len(inputs))]
+    batch = torch.export.Dim("batch")
+    level = logging.getLogger("onnxscript").level
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it reports each pass of its optimiser
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                network,
+                inputs,
+                dynamo=True,
+                input_names=names,
+                dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+                opset_version=opset,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises whatever its many stages raise
+        raise RuntimeError(
+            f"ONNXExport: torch.onnx cannot export {type(network).__name__}; the reason is above. Patched or "
+            "data-dependent networks may have no ONNX form."
+        ) from error
+    finally:
+        logging.getLogger("onnxscript").setLevel(level)
+    assert program is not None  # it is None for the old exporter only
+    return program
+
+
+def max_abs_difference(network: nn.Module, path: Path, batches: Sequence[tuple[Tensor, ...]]) -> float:
+    """Largest absolute difference between the outputs of `network` and of the file in onnxruntime, on the
+    CPU.
+
+    Infinite where the number or shapes of the outputs differ, and where one of them is not finite.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    largest = 0.0
+    for inputs in batches:
+        expected = list(tensors_in(network(*inputs)))
+        feeds = {node.name: tensor.numpy() for node, tensor in zip(session.get_inputs(), inputs, strict=True)}
+        found = [torch.from_numpy(array) for array in session.run(None, feeds)]
+        if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
+            return float("inf")
+        for ours, theirs in zip(expected, found, strict=True):
+            difference = (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0
+            largest = max(largest, difference if difference == difference else float("inf"))
+    return largest
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors of nested tuples, lists and dictionaries, in order."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for item in output.values():
+            yield from tensors_in(item)
+    elif isinstance(output, (list, tuple)):
+        for item in output:
+            yield from tensors_in(item)

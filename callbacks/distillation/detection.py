@@ -1,0 +1,127 @@
+"""Distillation between detectors: what the teacher finds is matched with the student's queries."""
+
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from callbacks.objective import ObjectiveCallback
+from lightning_modules.base import Method
+from lightning_modules.deco.losses import box_losses, match, matching_costs, mean_object_count, pad_targets
+from lightning_modules.deco.network import DetectionNetwork, network_images
+from lightning_modules.deco.released import load_detector
+from lightning_modules.parts.frozen import FrozenNetwork
+from lightning_modules.parts.normalize import register_normalization
+
+
+class DetectionTeacher(ObjectiveCallback):
+    """Distils a frozen detector into the run's detector, which may be of another size or kind.
+
+    The queries of two detectors are in no common order, so their logits cannot be compared place by place.
+    What the teacher finds with some confidence is matched with the student's queries as ground truth is, and
+    each matched query learns the teacher's box and its probabilities of all classes (the matched part of
+    DETRDistill, Chang et al., ICCV 2023, without its features and its query prior).
+
+    Args:
+        teacher: network; its labels must be the student's.
+        weights: of the teacher, a detector's checkpoint, the authors' or ours; None keeps what it has.
+        name: of the objective; terms are logged as `train/<name>/class`, `.../bbox` and `.../giou`.
+        min_score: least probability of its best class for which a box of the teacher counts.
+        class_weight: weight of the binary cross-entropy with the teacher's probabilities.
+        bbox_weight: weight of the L1 loss.
+        giou_weight: weight of the GIoU loss.
+    """
+
+    def __init__(
+        self,
+        teacher: DetectionNetwork,
+        weights: str | Path | None = None,
+        name: str = "detection_teacher",
+        min_score: float = 0.3,
+        class_weight: float = 1.0,
+        bbox_weight: float = 5.0,
+        giou_weight: float = 2.0,
+    ) -> None:
+        super().__init__(name)
+        if not 0 <= min_score < 1:
+            raise ValueError(f"DetectionTeacher: min_score is in [0, 1), not {min_score}.")
+        self.weights = weights
+        self.min_score = min_score
+        self.term_weights = {"class": class_weight, "bbox": bbox_weight, "giou": giou_weight}
+        self._network = teacher
+        self._teacher: FrozenNetwork | None = None
+
+    def build_objective(self, trainer: Trainer, module: Method) -> nn.Module:
+        """Load the teacher, and compare it with the student.
+
+        Raises:
+            MisconfigurationException: the run's model is no detector, or has another number of classes.
+        """
+        student = getattr(module, "network", None)
+        if not isinstance(student, DetectionNetwork):
+            raise MisconfigurationException(
+                f"DetectionTeacher distils into detectors such as DecoDetector's, not "
+                f"{type(module).__name__}."
+            )
+        if student.num_classes != self._network.num_classes:
+            raise MisconfigurationException(
+                f"DetectionTeacher: the teacher has {self._network.num_classes} classes, the student "
+                f"{student.num_classes}; both must mean the same labels."
+            )
+        if self.weights is not None:
+            load_detector(self._network, self.weights)
+        self._teacher = FrozenNetwork(self._network)
+        return SetDistillation(self._teacher, self.min_score, self.term_weights)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the teacher to the run's device."""
+        assert self._teacher is not None
+        self._teacher.to(pl_module.device)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the teacher off the device."""
+        super().teardown(trainer, pl_module, stage)
+        if self._teacher is not None:
+            self._teacher.to("cpu")
+
+
+class SetDistillation(nn.Module):
+    """The objective of `DetectionTeacher`; has no parameters, and does not own the teacher."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, teacher: FrozenNetwork, min_score: float, weights: dict[str, float]) -> None:
+        super().__init__()
+        self._teacher = teacher
+        network: Any = teacher.network
+        register_normalization(self, network.mean, network.std)
+        self.min_score = min_score
+        self.weights = weights
+
+    def forward(self, module: Any, batch: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weighted `class`, `bbox` and `giou` of the last layer, per box that the teacher found."""
+        wanted = self._teacher(network_images(batch["image"], self.mean, self.std, batch.get("mask")))
+        probabilities, boxes = wanted["logits"].float().sigmoid(), wanted["boxes"].float()
+        best, labels = probabilities.max(dim=-1)  # (batch, queries)
+        found = [scores > self.min_score for scores in best]
+        targets = pad_targets(
+            [image[kept] for image, kept in zip(labels, found, strict=True)],
+            [image[kept] for image, kept in zip(boxes, found, strict=True)],
+            probabilities.shape[-1],
+        )
+        soft = pad_sequence([p[kept] for p, kept in zip(probabilities, found, strict=True)], batch_first=True)
+        logits, own = outputs["logits"].float()[None], outputs["boxes"].float()[None]  # one layer
+        matches = match(matching_costs(logits, own, targets, module.criterion.costs), targets.counts)
+        matched = logits[matches.layer, matches.image, matches.query]  # (pairs, classes)
+        classes = F.binary_cross_entropy_with_logits(
+            matched, soft[matches.image, matches.object], reduction="sum"
+        )
+        distance, giou = box_losses(own, targets, matches)
+        count = mean_object_count(sum(targets.counts), logits.device)
+        terms = {"class": classes, "bbox": distance.sum(), "giou": giou.sum()}
+        return {name: self.weights[name] * value / count for name, value in terms.items()}

@@ -1,0 +1,8 @@
+"""What every run has: a directory, checkpoints, an exact resume, a good end, and a report."""
+
+from callbacks.run.checkpointing import AtomicCheckpointIO, RunCheckpoint
+from callbacks.run.preemption import Preemption
+from callbacks.run.results import Results
+from callbacks.run.resuming import ExactResume
+
+__all__ = ["AtomicCheckpointIO", "ExactResume", "Preemption", "Results", "RunCheckpoint"]

@@ -1,0 +1,277 @@
+"""The end of a run: one table for a person, one `results.json` for a program."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from callbacks.run.device import device_name
+from callbacks.run.directory import run_directory, write_json
+
+RESERVED = ("stage", "metrics", "device", "versions", "checkpoint", "seed", "date")
+
+
+@runtime_checkable
+class ReportsResults(Protocol):
+    """A callback that has something to say about a run.
+
+    Its part of the report is filed under its `name` if it has one, else under its class name in snake case.
+    The table reads units from the keys: `..._seconds` is a time, `..._per_second` a rate, `bytes...` and
+    `..._bytes` a size.
+    """
+
+    def results(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """Numbers, strings, lists and dictionaries of them; empty where there is nothing to say.
+
+        Called on every rank once every other callback's `on_test_end` is over (`on_validation_end` in
+        `validate`). What rank 0 returns is reported. Fix numbers about the evaluation's batches in
+        `on_test_epoch_end`: later, `EfficiencyReport` and `ONNXExport` have sent batches of their own
+        through the network.
+        """
+        ...
+
+
+class Results(Callback):
+    """Collects metrics and every callback's `results` at the end of `test` and `validate`.
+
+    Prints one table and writes `results.json` (after `test`) or `results_validate.json` (after `validate`)
+    into the run directory: `stage`, `metrics`, one key a reporting callback, `device`, `versions`,
+    `checkpoint`, `seed`, `date`. Numbers are raw in the file; those that are not finite become null, as JSON
+    has no word for them.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Move behind every other callback, so that a drop-in that was added after this one is heard too."""
+        # a new list: Lightning is walking through the present one
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report a `test`."""
+        self._report(trainer, pl_module, "results.json")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report a `validate`; the validations inside a `fit` are left to the logger."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._report(trainer, pl_module, "results_validate.json")
+
+    def _report(self, trainer: Trainer, module: LightningModule, file_name: str) -> None:
+        if trainer.progress_bar_callback is not None:
+            # it has had its own end of the stage; a live bar would be drawn through what follows
+            trainer.progress_bar_callback.teardown(trainer, module, str(trainer.state.fn))
+        report = collect(trainer, module)
+        if trainer.is_global_zero:
+            path = run_directory(trainer) / file_name
+            write_json(path, report)
+            print_table(report, path)
+
+
+def collect(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """The whole report as plain JSON values. Asks every callback, hence to be called on every rank.
+
+    Raises:
+        TypeError: a value that JSON has no form for; names the callback and the key.
+        MisconfigurationException: a callback reports under a name that the report itself uses.
+    """
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    report: dict[str, Any] = {"stage": str(trainer.state.fn.value), "metrics": plain(metrics, "the metrics")}  # type: ignore[union-attr]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, ReportsResults):
+            continue
+        owner = type(callback).__name__
+        values = callback.results(trainer, module)
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{owner}.results() must return a dictionary, not {type(values).__name__}.")
+        if values:
+            report[_free_key(callback, report)] = plain(values, owner)
+    return report | _circumstances(trainer, module)
+
+
+def _free_key(callback: object, taken: Mapping[str, Any]) -> str:
+    """Key of a callback's part of the report; a second callback of the same name gets `_2`, and so on."""
+    name = getattr(callback, "name", None)
+    if not isinstance(name, str) or not name:
+        name = re.sub(
+            r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(callback).__name__
+        ).lower()
+    if name in RESERVED:
+        raise MisconfigurationException(
+            f"{type(callback).__name__} reports under the name '{name}', which results.json keeps for "
+            f"itself: give it another `name` than {', '.join(RESERVED)}."
+        )
+    keys = (name, *(f"{name}_{count}" for count in range(2, len(taken) + 2)))
+    return next(key for key in keys if key not in taken)
+
+
+def _circumstances(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """Where, with what and when: the keys that make a number reproducible."""
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return {
+        "device": {
+            "type": module.device.type,
+            "name": device_name(module.device),
+            "count": trainer.world_size,
+            "precision": str(trainer.precision),
+        },
+        "versions": {
+            name: found for name in ("torch", "lightning", "featherlight") if (found := _version(name))
+        },
+        "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+        "seed": None if seed is None else int(seed),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def plain(value: Any, owner: str, key: str = "") -> Any:
+    """`value` as what JSON can hold: string-keyed dictionaries, lists, strings, finite numbers, booleans,
+    None.
+
+    Args:
+        value: what a callback returned.
+        owner: who returned it, for the error.
+        key: where in it we are, such as `layers/0`.
+
+    Raises:
+        TypeError: anything else, a tensor for instance; names `owner` and `key`.
+    """
+    if isinstance(value, Mapping):
+        wrong = [name for name in value if not isinstance(name, str)]
+        if wrong:
+            where = f"'{key}'" if key else "its results"
+            raise TypeError(f"{owner}: {where} has the key {wrong[0]!r}; keys of a report are strings.")
+        return {name: plain(item, owner, f"{key}/{name}" if key else name) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, owner, f"{key}/{place}") for place, item in enumerate(value)]
+    # numpy's float64 is a float by inheritance; hand on a plain one
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise TypeError(
+        f"{owner} reports '{key}' as a {type(value).__name__}, which JSON cannot hold: return a number, "
+        "string, list or dictionary (`.item()` or `.tolist()` for a tensor)."
+    )
+
+
+# The table
+
+
+def print_table(report: Mapping[str, Any], path: Path) -> None:
+    """Print a report as one table: metrics first, then a section for each callback."""
+    from rich.console import Console
+    from rich.table import Table
+
+    device = report["device"]
+    count = f"{device['count']} x " if device["count"] > 1 else ""
+    where = f"{count}{device['name']}, {device['precision']}"
+    table = Table(title=f"results of {report['stage']}", caption=where)
+    table.add_column("metric", overflow="fold")
+    table.add_column("value", justify="right", overflow="fold")
+    sections = {"": report["metrics"]} | {key: part for key, part in report.items() if key not in RESERVED}
+    for key, part in sections.items():
+        for name, value in flatten(part, key):
+            table.add_row(name, human(name, value))
+        table.add_section()
+    console = Console()
+    console.print(table)
+    console.print(f"written to {path}", soft_wrap=True, markup=False, highlight=False)
+
+
+def compare(runs: list[Path]) -> None:
+    """Print one table of several runs' `results.json`: a row a number that at least one of them has.
+
+    Args:
+        runs: the runs' directories, or their `results.json`.
+
+    Raises:
+        FileNotFoundError: a run has no `results.json`; says which command makes it.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="results of test")
+    table.add_column("", overflow="fold")
+    columns: list[dict[str, Any]] = []
+    for run in runs:
+        file = run if run.is_file() else run / "results.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no '{file}': `featherlight test` writes it.")
+        report = json.loads(file.read_text(encoding="utf-8"))
+        sections = {"": report["metrics"]} | {
+            key: part for key, part in report.items() if key not in RESERVED
+        }
+        numbers = [flatten(part, key) for key, part in sections.items()]
+        columns.append({name: value for pairs in numbers for name, value in pairs if "/layers/" not in name})
+        table.add_column(str(run), justify="right", overflow="fold")
+    for name in dict.fromkeys(name for column in columns for name in column):
+        table.add_row(name, *(human(name, column[name]) if name in column else "-" for column in columns))
+    Console().print(table)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Pairs of `outer/inner` name and value of a nested report; lists stay whole."""
+    for key, value in values.items():
+        name = f"{prefix}/{key}" if prefix else key
+        if isinstance(value, Mapping):
+            yield from flatten(value, name)
+        else:
+            yield name, value
+
+
+def human(name: str, value: Any) -> str:
+    """`value` as a person reads it, with the unit that `name` ends in.
+
+    >>> human("efficiency/macs", 1_814_073_344), human("latency_seconds", 0.0032), human("bytes", 46_800_000)
+    ('1.81 G', '3.2 ms', '46.8 MB')
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        short = len(value) <= 4 and not any(isinstance(item, (list, dict)) for item in value)
+        return ", ".join(human(name, item) for item in value) if short else f"{len(value)} values"
+    key = name.rpartition("/")[2]
+    if key.endswith("_per_second"):
+        return f"{_scaled(value)}/s"
+    if key.endswith("seconds"):
+        return _duration(value)
+    if "bytes" in key.split("_"):
+        return f"{_scaled(value)}B"
+    if isinstance(value, int):
+        return _scaled(value) if abs(value) >= 10_000 else str(value)
+    return f"{value:.4g}"
+
+
+def _scaled(value: float) -> str:
+    """Three digits and a metric prefix: `11.7 M`."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * factor:
+            return f"{float(f'{value / factor:.3g}'):g} {prefix}"
+    return f"{float(f'{value:.3g}'):g} "
+
+
+def _duration(seconds: float) -> str:
+    """Three digits and a unit of time: `3.2 ms`."""
+    for factor, unit in ((1.0, "s"), (1e-3, "ms")):
+        if abs(seconds) >= 0.9995 * factor:
+            return f"{float(f'{seconds / factor:.3g}'):g} {unit}"
+    return f"{float(f'{seconds / 1e-6:.3g}'):g} us"

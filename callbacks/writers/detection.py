@@ -1,0 +1,187 @@
+"""Detections as files: COCO's results format for programs, pictures with boxes for people."""
+
+import colorsys
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks.run.directory import announce, replaced_atomically, run_directory
+from callbacks.writers.base import PredictionWriter
+from callbacks.writers.drawing import shortened
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw, ImageFont
+
+NEEDED = ("scores", "labels", "boxes", "image_id", "index", "path")
+
+
+class DetectionWriter(PredictionWriter):
+    """Writes `detections.json` and the folder `detections/` with drawn pictures after `predict`.
+
+    The JSON is a list in COCO's results format, as `pycocotools` and COCO's server read it: `image_id`,
+    `category_id`, `bbox` (x, y, width, height in pixels of the file) and `score`, by image and falling
+    score. Category ids and class names are the data module's `category_ids` and `class_names` where it
+    has them, else the labels themselves. Pictures are drawn by the rank that made the prediction, while it
+    goes on.
+
+    Args:
+        min_score: detections below it are left out of the JSON; COCO's evaluation wants all, so 0.
+        draw_score: detections below it are not drawn.
+        max_pictures: most pictures to draw, the first ones; null draws all, 0 none.
+        max_side: longest side of a drawn picture, pixels; larger ones are scaled down. Null keeps their size.
+    """
+
+    def __init__(
+        self,
+        min_score: float = 0.0,
+        draw_score: float = 0.4,
+        max_pictures: int | None = None,
+        max_side: int | None = 1600,
+    ) -> None:
+        super().__init__()
+        for option, value in (("min_score", min_score), ("draw_score", draw_score)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"DetectionWriter: {option} is between 0 and 1, not {value}.")
+        if max_pictures is not None and max_pictures < 0:
+            raise ValueError(f"DetectionWriter: max_pictures is at least 0, or null, not {max_pictures}.")
+        self.min_score = min_score
+        self.draw_score = draw_score
+        self.max_pictures = max_pictures
+        self.max_side = max_side
+        self._names: Sequence[str] = ()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin empty, without the pictures of an earlier run, and fetch the class names."""
+        if trainer.is_global_zero:
+            shutil.rmtree(pictures(trainer), ignore_errors=True)
+        super().on_predict_start(trainer, pl_module)
+        count = getattr(pl_module, "num_classes", 0)
+        known = getattr(getattr(trainer, "datamodule", None), "class_names", None) or ()
+        # a data set may use fewer labels than the model has
+        self._names = [*known, *(f"class {label}" for label in range(len(known), count))]
+        if self.max_pictures != 0:
+            pictures(trainer).mkdir(parents=True, exist_ok=True)
+
+    def rows(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any
+    ) -> Iterator[dict[str, Any]]:
+        """`index`, and `detections` as rows of x, y, width, height, score and label.
+
+        Raises:
+            MisconfigurationException: `predict_step` returned no detections.
+        """
+        if not isinstance(outputs, Mapping) or not set(NEEDED) <= outputs.keys():
+            raise MisconfigurationException(
+                f"DetectionWriter needs a predict_step that returns {', '.join(NEEDED)}, as "
+                f"DecoDetector's does; "
+                f"{type(module).__name__} returned {type(outputs).__name__}."
+            )
+        columns = [outputs[name].tolist() for name in ("index", "image_id", "scores", "labels", "boxes")]
+        for index, image_id, scores, labels, boxes, path in zip(*columns, outputs["path"], strict=True):
+            found = [
+                [x1, y1, x2 - x1, y2 - y1, score, label]
+                for score, label, (x1, y1, x2, y2) in zip(scores, labels, boxes, strict=True)
+            ]
+            if self.max_pictures is None or index < self.max_pictures:
+                self._draw(trainer, Path(path), index, [row for row in found if row[4] >= self.draw_score])
+            kept = [row for row in found if row[4] >= self.min_score]
+            yield {"index": index, "image_id": image_id, "detections": kept}
+
+    def write(self, trainer: Trainer, module: LightningModule, rows: Iterator[dict[str, Any]]) -> None:
+        """The JSON, one detection a line."""
+        ids = getattr(getattr(trainer, "datamodule", None), "category_ids", None) or ()
+        path = run_directory(trainer) / "detections.json"
+        images = count = 0
+        with replaced_atomically(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+            file.write("[")
+            for row in rows:
+                images += 1
+                for *bbox, score, label in row["detections"]:
+                    category = ids[label] if label < len(ids) else label
+                    if category < 0:  # a label between the data's category ids
+                        continue
+                    result = {
+                        "image_id": row["image_id"],
+                        "category_id": category,
+                        "bbox": bbox,
+                        "score": score,
+                    }
+                    file.write(f"{',' if count else ''}\n{json.dumps(result)}")
+                    count += 1
+            file.write("\n]\n")
+        announce(trainer, f"{count} detections in {images} images written to {path}")
+        if self.max_pictures != 0:
+            announce(trainer, f"pictures drawn in {pictures(trainer)}")
+
+    def _draw(self, trainer: Trainer, source: Path, index: int, found: list[list[float]]) -> None:
+        from PIL import Image
+
+        with Image.open(source) as picture:
+            drawn = draw_detections(picture.convert("RGB"), found, self._names, self.max_side)
+        drawn.save(pictures(trainer) / f"{index:06d}_{source.stem}.jpg", quality=90)
+
+
+def pictures(trainer: Trainer) -> Path:
+    """Where the drawn pictures are."""
+    return run_directory(trainer) / "detections"
+
+
+def draw_detections(
+    picture: "Image.Image",
+    detections: Sequence[Sequence[float]],
+    names: Sequence[str],
+    max_side: int | None = None,
+) -> "Image.Image":
+    """A copy of `picture` with a frame and a name around each detection.
+
+    Args:
+        picture: RGB.
+        detections: rows of x, y, width, height in pixels of `picture`, score and label; the best are drawn
+            last, on top.
+        names: of the labels.
+        max_side: scale the picture down to it first, if it is larger.
+    """
+    from PIL import ImageDraw, ImageFont
+
+    scale = 1.0 if max_side is None else min(1.0, max_side / max(picture.size))
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    drawn = picture.resize(size) if size != picture.size else picture.copy()
+    unit = max(1, round(max(size) / 400))  # thickness that is seen on small and on large pictures
+    font = ImageFont.load_default(size=10 + 3 * unit)
+    draw = ImageDraw.Draw(drawn)
+    for x, y, width, height, score, label in sorted(detections, key=lambda row: row[4]):
+        corners = [side * scale for side in (x, y, x + max(width, 0), y + max(height, 0))]
+        name = names[int(label)] if int(label) < len(names) else f"class {int(label)}"
+        frame = [min(max(side, 0), limit - 1) for side, limit in zip(corners, size * 2, strict=True)]
+        draw.rectangle(frame, outline=colour_of(int(label)), width=unit)
+        _tag(draw, frame, f"{name} {100 * score:.0f}%", colour_of(int(label)), font, size)
+    return drawn
+
+
+def _tag(
+    draw: "ImageDraw.ImageDraw",
+    frame: Sequence[float],
+    text: str,
+    colour: str,
+    font: "ImageFont.FreeTypeFont | ImageFont.ImageFont",
+    size: tuple[int, int],
+) -> None:
+    """The text on a coloured ground above the frame, or inside where there is no room above."""
+    text = shortened(text, font, size[0] - 4)
+    left, _, right, bottom = font.getbbox(text)
+    width, height = right - left + 4, bottom + 2
+    x = max(0.0, min(frame[0], size[0] - width))
+    y = frame[1] - height if frame[1] >= height else frame[1]
+    draw.rectangle((x, y, x + width, y + height), fill=colour)
+    draw.text((x + 2, y), text, fill="black", font=font)
+
+
+def colour_of(label: int) -> str:
+    """A light colour for each label, neighbours far apart."""
+    red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1.0, 0.55, 1.0)
+    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"

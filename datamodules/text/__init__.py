@@ -1,0 +1,5 @@
+"""Text corpora as segments of tokens."""
+
+from datamodules.text.module import TextDataModule
+
+__all__ = ["TextDataModule"]

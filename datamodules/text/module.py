@@ -1,0 +1,202 @@
+"""Text corpora as segments of tokens: to train on, to calibrate with, and to measure perplexity."""
+
+from typing import Any, ClassVar
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.base import DataModule, Split
+from datamodules.samples.text import write_text
+from datamodules.text.corpora import (
+    HUB,
+    Document,
+    Segmentation,
+    corpus_files,
+    is_tokens,
+    packed_segments,
+    random_segments,
+    read_documents,
+    read_tokens,
+)
+
+
+class SegmentDataset(Dataset[dict[str, Any]]):
+    """Segments of token ids.
+
+    Args:
+        segments: int64 (segments, length).
+    """
+
+    def __init__(self, segments: Tensor) -> None:
+        self.segments = segments
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self.segments[index], "index": index}
+
+
+class TextDataModule(DataModule):
+    """Text from disk or the hub, tokenised as one stream and cut into segments without padding.
+
+    Batches are dicts: "input_ids" int64 (B, L); "index" int64 (B,), the segment's place in the stream. In
+    evaluation each segment is seen by exactly one rank, so sums over tokens are exact on any number of ranks.
+
+    A source is a file, a folder or a glob, relative to `root`: `.txt` and `.raw` (joined in the order of
+    their names), `.jsonl` and `.json.gz` with one object a line (C4), `.parquet`, `.arrow`, a folder that
+    `datasets` saved, `.pt` or `.npy` with token ids; or `hub:owner/name[/configuration]/split`.
+
+    Args:
+        train: source to train on.
+        val: source to validate on.
+        test: source of the perplexity that is reported.
+        predict: source to predict on; None: as `test`.
+        calibration: source that quantizers calibrate with; None: as `train`.
+        seq_len: tokens of a segment, 2 at least.
+        calibration_seq_len: of a calibration segment; None: as `seq_len`.
+        n_calibration: segments to calibrate with.
+        segmentation: of the calibration text: `packed` takes the first consecutive segments, `random` a
+            random slice of randomly drawn documents, as GPTQ does with C4.
+        eval_segments: measure on the first so many segments; None: on all.
+        column: of JSON objects and tables.
+        document: whether a plain text file is one document, or each line is a row (WikiText).
+        joiner: what is put between documents.
+        allow_overlap: calibrate on the very files that are evaluated on.
+        sample_size: characters of the training text that `sample: true` writes; a tenth as many to evaluate
+            on.
+        options: of `DataModule`.
+
+    Raises:
+        ValueError: a length or a count is out of its range.
+        MisconfigurationException: in `setup`, calibration and evaluation share files, or there is no
+            tokenizer.
+    """
+
+    layout: ClassVar[str] = "the files that train, val, test and calibration name"
+
+    def __init__(
+        self,
+        train: str = "train.txt",
+        val: str = "valid.txt",
+        test: str = "test.txt",
+        predict: str | None = None,
+        calibration: str | None = None,
+        seq_len: int = 2048,
+        calibration_seq_len: int | None = None,
+        n_calibration: int = 128,
+        segmentation: Segmentation = "packed",
+        eval_segments: int | None = None,
+        column: str = "text",
+        document: Document = "file",
+        joiner: str = "\n\n",
+        allow_overlap: bool = False,
+        sample_size: int = 200_000,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if seq_len < 2 or (calibration_seq_len is not None and calibration_seq_len < 2):
+            raise ValueError(f"seq_len must be at least 2, got {seq_len} and {calibration_seq_len}.")
+        if n_calibration < 1 or (eval_segments is not None and eval_segments < 1):
+            raise ValueError(
+                f"n_calibration and eval_segments must be positive, got {n_calibration}, {eval_segments}."
+            )
+        self.sources = {"train": train, "val": val, "test": test, "predict": predict or test}
+        self.calibration = calibration or train
+        self.seq_len = seq_len
+        self.calibration_seq_len = calibration_seq_len or seq_len
+        self.n_calibration = n_calibration
+        self.segmentation = segmentation
+        self.eval_segments = eval_segments
+        self.column = column
+        self.document: Document = document
+        self.joiner = joiner
+        self.allow_overlap = allow_overlap
+        self.sample_size = sample_size
+        self.tokenizer: Any = None
+        """Set it where there is no Trainer; otherwise it is the model's."""
+
+    def write_sample(self) -> None:
+        """Writes procedural English as `train.txt`, `valid.txt` and `test.txt`."""
+        write_text(self.root, self.sample_size)
+
+    def setup(self, stage: str) -> None:
+        """Tokenises the splits of `stage`.
+
+        Raises:
+            MisconfigurationException: there is no tokenizer.
+            FileNotFoundError: a source is not there.
+            ValueError: a text is too short for one segment.
+        """
+        wanted: dict[str, tuple[Split, ...]] = {
+            "fit": ("train", "val"),
+            "validate": ("val",),
+            "test": ("test",),
+            "predict": ("predict",),
+        }
+        for split in wanted[stage]:
+            if split not in self.datasets:
+                ids = self._stream(self.sources[split])
+                count = None if split == "train" else self.eval_segments
+                self.datasets[split] = SegmentDataset(packed_segments(ids, self.seq_len, count))
+
+    def calibration_segments(self) -> Tensor:
+        """The segments to calibrate with, int64 (n_calibration, calibration_seq_len), the same on all ranks.
+
+        Raises:
+            MisconfigurationException: they come from the files that are evaluated on.
+            ValueError: there is too little text.
+        """
+        self._check_overlap()
+        length, count = self.calibration_seq_len, self.n_calibration
+        if self.segmentation == "packed" or is_tokens(self.calibration):
+            return packed_segments(self._stream(self.calibration), length, count)
+        documents = list(self._documents(self.calibration))
+        return random_segments(documents, self._encode, length, count, self.run_seed)
+
+    def _check_overlap(self) -> None:
+        if self.allow_overlap:
+            return
+        files = self._files(self.calibration)
+        for split in ("val", "test"):
+            source = self.sources[split]
+            shared = files & self._files(source)
+            if shared:
+                raise MisconfigurationException(
+                    f"calibration and {split} share {', '.join(sorted(shared))}: a perplexity on what was "
+                    "calibrated "
+                    "with says little. Choose other text, or set allow_overlap: true."
+                )
+
+    def _files(self, source: str) -> set[str]:
+        if source.startswith(HUB):
+            return {source}
+        try:
+            return {str(file.resolve()) for file in corpus_files(self.root, source)}
+        except FileNotFoundError:
+            return set()
+
+    def _documents(self, source: str) -> Any:
+        return read_documents(self.root, source, self.column, self.document)
+
+    def _stream(self, source: str) -> Tensor:
+        """All token ids of a source, (tokens,)."""
+        import torch
+
+        if is_tokens(source):
+            self.require(self.root / source)
+            return read_tokens(self.root / source)
+        return torch.tensor(self._encode(self.joiner.join(self._documents(source))))
+
+    def _encode(self, text: str) -> list[int]:
+        tokenizer = self.tokenizer
+        if tokenizer is None and self.trainer is not None:
+            tokenizer = getattr(self.trainer.lightning_module, "tokenizer", None)
+        if tokenizer is None:
+            raise MisconfigurationException(
+                "TextDataModule uses the model's tokenizer, and there is none: use a CausalLanguageModel, "
+                "or set "
+                "`datamodule.tokenizer`."
+            )
+        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids

@@ -1,0 +1,1 @@
+"""What methods and callbacks both need; each module is imported by its own name."""

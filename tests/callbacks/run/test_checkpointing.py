@@ -1,0 +1,120 @@
+import os
+import resource
+import time
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from callbacks import AtomicCheckpointIO, RunCheckpoint
+from callbacks.run.checkpointing import newest_loadable
+from callbacks.run.directory import checkpoint_directory
+from lightning_modules import ImageClassifier
+
+
+class Fails:
+    """Not picklable: the write breaks off half-way, as it does on a full disk."""
+
+    def __reduce__(self):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_failed_write_leaves_the_previous_checkpoint_whole(tmp_path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": torch.tensor(1)}, path)
+    with pytest.raises(
+        OSError, match=r"last.ckpt' could not be written.*No space left.*previous 'last.ckpt' is intact"
+    ):
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(100_000), "step": Fails()}, path)
+    assert torch.load(path, weights_only=True)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"], "no partial file is left"
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_the_previous_checkpoint_whole(tmp_path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": torch.tensor(1)}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"last.ckpt' could not be written.*is intact"):
+            AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(1_000_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.load(path, weights_only=True)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_an_unwritable_folder_is_reported(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(OSError, match=r"a.ckpt' could not be written.*no file of that name was there"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "checkpoints" / "a.ckpt")
+
+
+def test_runs_keep_their_last_and_best(trainer, blob_data, tmp_path):
+    module = ImageClassifier("test_vit", 4, model_args={"img_size": 32})
+    run = trainer(
+        max_epochs=2,
+        enable_checkpointing=True,
+        callbacks=[RunCheckpoint(monitor="val/top1")],
+        plugins=[AtomicCheckpointIO()],
+    )
+    run.fit(module, datamodule=blob_data())
+    names = sorted(path.name for path in checkpoint_directory(tmp_path).iterdir())
+    assert len(names) == 2
+    assert names[1] == "last.ckpt"
+    assert torch.load(checkpoint_directory(tmp_path) / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+def test_epochs_without_validation_are_saved_too(trainer, blob_data, tmp_path):
+    class Peek(Callback):
+        steps = ()
+
+        def on_train_epoch_start(self, trainer, module):
+            path = checkpoint_directory(tmp_path) / "last.ckpt"
+            saved = torch.load(path, weights_only=True)["global_step"] if path.exists() else 0
+            self.steps = (*self.steps, saved)
+
+    peek = Peek()
+    module = ImageClassifier("test_vit", 4, model_args={"img_size": 32})
+    options = {"max_epochs": 4, "check_val_every_n_epoch": 3, "enable_checkpointing": True}
+    trainer(callbacks=[peek, RunCheckpoint()], **options).fit(module, datamodule=blob_data())
+    assert peek.steps == (0, 4, 8, 12)
+    assert torch.load(checkpoint_directory(tmp_path) / "last.ckpt", weights_only=True)["global_step"] == 16
+
+
+class Calibrated(ImageClassifier):
+    """Learns something in validation, as a detector does its threshold."""
+
+    def __init__(self):
+        super().__init__("test_vit", 4, model_args={"img_size": 32})
+        self.register_buffer("threshold", torch.tensor(0.0))
+
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        self.threshold += 1
+
+
+@pytest.mark.parametrize("interval", [None, 4, 3])
+def test_the_last_checkpoint_knows_the_last_validation(trainer, blob_data, tmp_path, interval):
+    options = {"max_epochs": 2, "enable_checkpointing": True, "num_sanity_val_steps": 0}
+    run = trainer(callbacks=[RunCheckpoint(every_n_train_steps=interval)], **options)
+    run.fit(Calibrated(), datamodule=blob_data())
+    saved = torch.load(checkpoint_directory(tmp_path) / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 8
+    assert saved["state_dict"]["threshold"] == 2
+
+
+def test_auto_takes_the_newest_that_loads(tmp_path):
+    assert newest_loadable(tmp_path) is None
+    folder = checkpoint_directory(tmp_path)
+    folder.mkdir()
+    now = time.time()
+    for age, name in enumerate(["truncated.ckpt", "new.ckpt", "old.ckpt"]):
+        torch.save({"state_dict": {"w": torch.ones(1000)}}, folder / name)
+        os.utime(folder / name, (now - 60 * age, now - 60 * age))
+    whole = (folder / "truncated.ckpt").read_bytes()
+    (folder / "truncated.ckpt").write_bytes(whole[: len(whole) // 2])
+    os.utime(folder / "truncated.ckpt", (now + 5, now + 5))
+    (folder / ".last.ckpt.77.partial").write_bytes(b"left by a killed writer")
+    with pytest.warns(UserWarning, match=r"truncated.ckpt' is passed over"):
+        assert newest_loadable(tmp_path) == str(folder / "new.ckpt")
