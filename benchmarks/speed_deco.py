@@ -9,10 +9,7 @@ no hub is asked. On a GPU each network is also timed compiled, as a CUDA graph.
 
 import argparse
 import contextlib
-import gc
-import json
 import statistics
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed_ofakd import clock, forget_peak, peak_mebibytes
+from common import (
+    clock,
+    forget_peak,
+    in_own_process,
+    interleaved,
+    markdown,
+    peak_mebibytes,
+    ratios,
+    write_numbers,
+)
 from torch import Tensor, nn
 
 from lightning_modules.deco import Deco, DecoPlus, deploy
@@ -79,26 +85,6 @@ def shake(network: nn.Module) -> None:
             parameter.fill_(0.1)
         elif parameter.ndim > 1 and not parameter.any():
             parameter.normal_(0, 0.01)
-
-
-def interleaved(calls: Mapping[str, Callable[[], object]], repeats: int, now: Callable[[], float]) -> Seconds:
-    """Seconds of every call in every round, after one untimed round."""
-    names = list(calls)
-    seconds: Seconds = {name: [] for name in names}
-    for name in names:
-        calls[name]()
-    for turn in range(repeats):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            start = now()
-            calls[name]()
-            seconds[name].append(now() - start)
-    return seconds
-
-
-def ratios(slow: list[float], fast: list[float]) -> list[float]:
-    """How many times faster, round by round."""
-    return [one / other for one, other in zip(slow, fast, strict=True)]
 
 
 def difference(one: nn.Module, other: nn.Module, images: Tensor) -> float:
@@ -166,7 +152,7 @@ def timed(networks: Mapping[str, nn.Module], images: Tensor, options: argparse.N
     calls: dict[str, Callable[[], object]] = {n: partial(net, images) for n, net in networks.items()}
     if options.device == "cuda":
         calls |= {f"{name}, compiled": captured(net, images) for name, net in networks.items()}
-    return interleaved(calls, options.repeats, clock(options)[1])
+    return interleaved(calls, options.repeats, clock(options.device, options.threads)[1])
 
 
 def against(seconds: Seconds, base: str) -> dict[str, dict[str, Any]]:
@@ -209,16 +195,13 @@ def noise(batch: int, options: argparse.Namespace) -> Tensor:
 
 def memory_of(name: str, form: str, batch: int, options: argparse.Namespace) -> float:
     """Peak MiB of a process that builds one network and runs it, in a process of its own."""
-    line = [sys.executable, __file__, "--memory-of", name, form, "--batches", str(batch)]
-    line += ["--size", *map(str, options.size), "--device", options.device]
-    done = subprocess.run(line, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    line = ["--memory-of", name, form, "--batches", batch, "--size", *options.size]
+    return float(in_own_process(__file__, *line, "--device", options.device))
 
 
 def measure_memory(name: str, form: str, options: argparse.Namespace) -> float:
     """Peak MiB of forward passes: on the CPU with weights and libraries, on a GPU with weights."""
     network = build(name, form).to(options.device)
-    gc.collect()
     forget_peak()
     images = noise(options.batches[0], options)
     for _ in range(2):
@@ -228,14 +211,14 @@ def measure_memory(name: str, form: str, options: argparse.Namespace) -> float:
 
 def report(found: Mapping[str, Any]) -> str:
     """A Markdown table of one comparison, slowest form first."""
-    clocked = [
-        f"| {found['network']}, batch {found['batch']} | ms, median | times as fast | smallest-largest |"
-    ]
-    lines = [*clocked, "| --- | ---: | ---: | ---: |"]
+    heads = [f"{found['network']}, batch {found['batch']}"]
+    heads += ["ms, median", "times as fast", "smallest-largest"]
+    rows = []
     for name, row in found["rows"].items():
         cells = [name, f"{1e3 * row['median_seconds']:.1f}", f"{row['ratio']:.3f}"]
         cells.append(f"{min(row['ratios']):.3f}-{max(row['ratios']):.3f}")
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    lines = [markdown(heads, rows)]
     if "difference" in found:
         lines.append(f"\nlargest difference of boxes and logits: {found['difference']:.1e}")
     if "memory" in found:
@@ -269,7 +252,7 @@ def main() -> int:
         return 0
     print(
         f"{options.size[0]} x {options.size[1]} pixels, {options.device}, threads: {options.threads}; "
-        f"{clock(options)[0]}, medians of {options.repeats} interleaved rounds"
+        f"{clock(options.device, options.threads)[0]}, medians of {options.repeats} interleaved rounds"
     )
     results: list[dict[str, Any]] = []
     tasks = [partial(compare_forms, name, batch) for name in options.networks for batch in options.batches]
@@ -283,8 +266,7 @@ def main() -> int:
             found["memory"] = peaks
         results.append(found)
         print(f"\n{report(found)}", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    write_numbers(options.json, results)
     return 0
 
 

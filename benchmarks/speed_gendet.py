@@ -8,11 +8,8 @@ epochs it pays. Process CPU time (wall beside it) with one thread; peak memory f
 """
 
 import argparse
-import json
 import logging
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,8 +17,8 @@ import warnings
 from pathlib import Path
 
 import torch
+from common import in_own_process, peak_mebibytes, ratios, turns, write_numbers
 from lightning.pytorch import Trainer, seed_everything
-from speed_ofakd import peak_mebibytes
 
 from datamodules import FakeImagesDataModule, FakeImageTransforms
 from datamodules.samples import write_fake_images
@@ -71,9 +68,8 @@ def fit(options: argparse.Namespace, folder: Path, cached: bool) -> tuple[float,
 def measured(options: argparse.Namespace, folder: Path) -> Times:
     """`filling` (with an empty cache, once), then both ways in turn."""
     times: Times = {"filling": [fit(options, folder, True)], **{way: [] for way in WAYS}}
-    for turn in range(options.repeats):
-        for way in WAYS if turn % 2 else WAYS[::-1]:
-            times[way].append(fit(options, folder, way == "cached"))
+    for way in turns(WAYS[::-1], options.repeats):
+        times[way].append(fit(options, folder, way == "cached"))
     return times
 
 
@@ -81,11 +77,9 @@ def peak_megabytes(options: argparse.Namespace, folder: Path, way: str) -> float
     """Peak resident memory of a process that trains one way, minus that of one that only imports."""
 
     def run(what: str) -> float:
-        line = [sys.executable, str(Path(__file__).with_name("speed.py")), "gendet", "--memory-of", what]
-        line += ["--folder", str(folder), "--model", options.model, "--image-size", str(options.image_size)]
-        line += ["--batch-size", str(options.batch_size), "--device", options.device]
-        done = subprocess.run(line, capture_output=True, text=True, check=True, env={**os.environ})
-        return float(done.stdout.split()[-1])
+        line = ["--memory-of", what, "--folder", folder, "--model", options.model]
+        line += ["--image-size", options.image_size, "--batch-size", options.batch_size]
+        return float(in_own_process(__file__, *line, "--device", options.device))
 
     return run(way) - run("nothing")
 
@@ -94,7 +88,8 @@ def report(times: Times, options: argparse.Namespace) -> dict[str, object]:
     """Print medians and ratios; the same as a dictionary."""
     cpu = {name: statistics.median(pair[0] for pair in pairs) for name, pairs in times.items()}
     wall = {name: statistics.median(pair[1] for pair in pairs) for name, pairs in times.items()}
-    ratios = sorted(u[0] / c[0] for u, c in zip(times["uncached"], times["cached"], strict=True))
+    uncached, cached = ([cpu for cpu, _ in times[way]] for way in ("uncached", "cached"))
+    by_round = sorted(ratios(uncached, cached))
     epochs = SCHEDULE.total
     print(f"{options.images} images of {options.image_size} px, {options.model}, {epochs} epochs a run")
     print(f"{'':<10}{'CPU s/run':>11}{'wall s/run':>12}")
@@ -103,13 +98,19 @@ def report(times: Times, options: argparse.Namespace) -> dict[str, object]:
     ratio, fill = cpu["uncached"] / cpu["cached"], cpu["filling"] - cpu["cached"]
     saved = (cpu["uncached"] - cpu["cached"]) / epochs
     pays = fill / saved if saved > 0 else float("inf")
-    spread = f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
-    print(f"uncached / cached: {ratio:.2f} ({spread}, {len(ratios)} repeats), CPU time")
+    spread = f"{by_round[0]:.2f}-{by_round[-1]:.2f}"
+    print(f"uncached / cached: {ratio:.2f} ({spread}, {len(by_round)} repeats), CPU time")
     print(f"filling the cache costs {fill:.2f} s once and pays after {pays:.1f} epochs; a recipe has 50")
     full = StageSchedule().total
     whole = full * cpu["uncached"] / epochs / (fill + full * cpu["cached"] / epochs)
     print(f"a whole recipe of {full} epochs, filling included: {whole:.1f} times faster")
-    return {"cpu_seconds": cpu, "wall_seconds": wall, "ratio": ratio, "ratios": ratios, "whole_recipe": whole}
+    return {
+        "cpu_seconds": cpu,
+        "wall_seconds": wall,
+        "ratio": ratio,
+        "ratios": by_round,
+        "whole_recipe": whole,
+    }
 
 
 def parsed() -> argparse.Namespace:
@@ -144,8 +145,7 @@ def main() -> int:
         found = report(measured(options, folder), options)
         memory = {way: peak_megabytes(options, folder, way) for way in WAYS}
     print("peak memory of training: " + ", ".join(f"{way} {value:.0f} MiB" for way, value in memory.items()))
-    if options.json:
-        options.json.write_text(json.dumps({**found, "memory_mebibytes": memory}, indent=2) + "\n")
+    write_numbers(options.json, {**found, "memory_mebibytes": memory})
     return 0
 
 

@@ -9,23 +9,18 @@ share (libraries, teacher, batches), too.
 """
 
 import argparse
-import ctypes
-import gc
 import logging
-import resource
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from common import clock, forget_peak, markdown, peak_mebibytes, ratios, turns
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -119,7 +114,7 @@ def fit(criteria: list[Criterion], teacher: nn.Module, options: argparse.Namespa
     torch.manual_seed(0)
     optimizer = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
     module = ImageClassifier(options.student, options.classes, optimizer=optimizer)
-    watch = Stopwatch(options.warm_up, clock(options)[1])
+    watch = Stopwatch(options.warm_up, clock(options.device, options.threads)[1])
     callbacks: list[Callback] = [watch]
     if criteria:
         callbacks.append(DistillationTeacher(teacher, None, criteria, image_size=options.image_size))
@@ -141,48 +136,12 @@ def fit(criteria: list[Criterion], teacher: nn.Module, options: argparse.Namespa
     return Fit(statistics.median(watch.steps), taught, peak_mebibytes(), watch.parameters)
 
 
-def clock(options: argparse.Namespace) -> tuple[str, Callable[[], float]]:
-    """What the time is called, and the function that reads it."""
-    if options.device == "cuda":
-        return "wall time", synchronized_seconds
-    return ("CPU time", time.process_time) if options.threads == 1 else ("wall time", time.perf_counter)
-
-
-def synchronized_seconds() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def forget_peak() -> None:
-    """Return what is free to the system and let the peak start from here, as far as the system allows."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError, AttributeError):  # neither exists outside of Linux
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_mebibytes() -> float:
-    """Of the GPU if it is used, else of the process (on other systems than Linux since it started)."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**20
-    with suppress(OSError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
-
-
-def interleaved(options: argparse.Namespace) -> dict[str, list[Fit]]:
+def measured(options: argparse.Namespace) -> dict[str, list[Fit]]:
     """Every variant once a round, each round starting with another one."""
     teacher = timm.create_model(options.teacher, num_classes=options.classes, **dict(options.teacher_args))
     found: dict[str, list[Fit]] = {name: [] for name in VARIANTS}
-    names = list(VARIANTS)
-    for turn in range(options.repeats):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            found[name].append(fit(VARIANTS[name](), teacher, options))
+    for name in turns(list(VARIANTS), options.repeats):
+        found[name].append(fit(VARIANTS[name](), teacher, options))
     return found
 
 
@@ -191,7 +150,7 @@ def report(found: dict[str, list[Fit]]) -> str:
     alone = [run.step for run in found["student alone"]]
     kd = [run.step for run in found["KD"]]
     heads = ["variant", "ms a step", "of it teacher", "over alone", "over KD", "extra parameters", "peak MiB"]
-    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    rows = []
     own = found["student alone"][0].parameters
     for name, runs in found.items():
         steps = [run.step for run in runs]
@@ -199,15 +158,12 @@ def report(found: dict[str, list[Fit]]) -> str:
             name,
             f"{1e3 * statistics.median(steps):.1f}",
             f"{1e3 * statistics.median(run.teacher for run in runs):.1f}",
-            *(
-                f"{statistics.median(a / b for a, b in zip(steps, base, strict=True)):.3f}"
-                for base in (alone, kd)
-            ),
+            *(f"{statistics.median(ratios(steps, base)):.3f}" for base in (alone, kd)),
             f"{(runs[0].parameters - own) / 1e6:.2f} M",
             f"{statistics.median(run.memory for run in runs):.0f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(heads, rows)
 
 
 def key_and_number(text: str) -> tuple[str, int]:
@@ -242,9 +198,10 @@ def main() -> int:
     print(
         f"{options.student} taught by {options.teacher}, {options.image_size} x {options.image_size} pixels, "
         f"batch {options.batch_size}, {options.device}, {options.precision}, threads: {options.threads}; "
-        f"{clock(options)[0]}, medians of {options.repeats} rounds of {options.steps} steps\n"
+        f"{clock(options.device, options.threads)[0]}, "
+        f"medians of {options.repeats} rounds of {options.steps} steps\n"
     )
-    print(report(interleaved(options)))
+    print(report(measured(options)))
     return 0
 
 

@@ -8,24 +8,30 @@ wall time between synchronisations, eager and as a captured CUDA graph.
 
 import argparse
 import copy
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
+from common import (
+    forget_peak,
+    in_own_process,
+    interleaved,
+    peak_mebibytes,
+    status_mebibytes,
+    write_numbers,
+)
 from torch import Tensor, nn
 
 from callbacks.token_reduction import MergeSimilar, PruneOrPool, Reducer, VitShape, patch
 
 Rules = dict[int, Reducer]
-Times = dict[str, list[tuple[float, float]]]  # seconds of (CPU, wall) a call
+Times = dict[str, list[np.ndarray]]  # seconds of (CPU, wall) a call
 
 
 def tome_at(shape: VitShape, macs: int) -> Rules:
@@ -56,33 +62,15 @@ def reduced(dense: nn.Module, rules: Rules) -> nn.Module:
     return network
 
 
-def interleaved(
-    calls: Mapping[str, Callable[[], object]], repeats: int, seconds: float, device: torch.device
-) -> Times:
-    """Every call once a round, each round starting with another one; three rounds at least, then until time
-    is up.
-    """
-    times: Times = {name: [] for name in calls}
-    names = list(calls)
-    for name in names:
-        calls[name]()
-    start = time.perf_counter()
-    for turn in range(repeats):
-        if turn >= 3 and time.perf_counter() - start > seconds:
-            break
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            synchronize(device)
-            cpu, wall = time.process_time(), time.perf_counter()
-            calls[name]()
-            synchronize(device)
-            times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-    return times
+def clocks(device: torch.device) -> Callable[[], np.ndarray]:
+    """Reads CPU and wall time, once the device has done what it was told."""
 
+    def now() -> np.ndarray:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return np.array([time.process_time(), time.perf_counter()])
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return now
 
 
 def captured(network: nn.Module, images: Tensor) -> Callable[[], object]:
@@ -104,30 +92,15 @@ def peak_megabytes(arguments: argparse.Namespace, name: str, batch: int) -> floa
     options = (
         f"--batches {batch} --model {arguments.model} --r {arguments.r} --device {arguments.device} --blocks"
     )
-    command = [sys.executable, __file__, "--memory-of", name, *options.split(), *map(str, arguments.blocks)]
-    # every tensor in pages of its own that go back when it is freed: what is measured then repeats
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return float(done.stdout.split()[-1])
+    return float(in_own_process(__file__, "--memory-of", name, *options.split(), *arguments.blocks))
 
 
 def measure_memory(network: nn.Module, images: Tensor) -> float:
-    if images.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        network(images)
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
     network(images[:1])  # what libraries set up once
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    before = status_kilobytes("VmRSS")
+    forget_peak()
+    used = torch.cuda.memory_allocated() / 2**20 if images.is_cuda else status_mebibytes("VmRSS")
     network(images)
-    return (status_kilobytes("VmHWM") - before) / 2**10
-
-
-def status_kilobytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
+    return peak_mebibytes() - used
 
 
 def report(times: Times, macs: dict[str, int], batch: int, what: str) -> list[dict]:
@@ -138,9 +111,9 @@ def report(times: Times, macs: dict[str, int], batch: int, what: str) -> list[di
     print(f"{'':<16}" + "".join(f"{head:>11}" for head in heads))
     for name in times:
         least, median = (
-            {n: f(t[clock] for t in ts) for n, ts in times.items()} for f in (min, statistics.median)
+            {n: float(f(t[clock] for t in ts)) for n, ts in times.items()} for f in (min, statistics.median)
         )
-        wall = {n: statistics.median(t[1] for t in ts) for n, ts in times.items()}
+        wall = {n: float(statistics.median(t[1] for t in ts)) for n, ts in times.items()}
         row = {
             "batch": batch,
             "what": what,
@@ -203,10 +176,13 @@ def main() -> int:
         images = torch.randn(batch, 3, *side, device=device)
         repeats = arguments.repeats * (3 if batch == 1 else 1)
         calls = {name: partial(network, images) for name, network in networks.items()}
-        rows += report(interleaved(calls, repeats, arguments.seconds, device), macs, batch, device.type)
+        now = clocks(device)
+        times = interleaved(calls, repeats, now, arguments.seconds)
+        rows += report(times, macs, batch, device.type)
         if device.type == "cuda":
             graphs = {name: captured(network, images) for name, network in networks.items()}
-            rows += report(interleaved(graphs, repeats, arguments.seconds, device), macs, batch, "cuda graph")
+            times = interleaved(graphs, repeats, now, arguments.seconds)
+            rows += report(times, macs, batch, "cuda graph")
     if not arguments.no_memory:
         batch = max(arguments.batches)
         memory = {name: peak_megabytes(arguments, name, batch) for name in ("dense", "PPT", "ToMe")}
@@ -215,8 +191,7 @@ def main() -> int:
             + ", ".join(f"{n} {m:.0f} MiB" for n, m in memory.items())
         )
         rows.append({"batch": batch, "what": "memory_mebibytes", **memory})
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    write_numbers(arguments.json, rows)
     return 0
 
 
