@@ -57,6 +57,7 @@ class DataModule(LightningDataModule):
 
     def __init__(
         self,
+        *,
         root: Path = Path("data"),
         batch_size: int = 128,
         eval_batch_size: int | None = None,
@@ -247,6 +248,7 @@ class VisionDataModule(DataModule):
 
     def __init__(
         self,
+        *,
         transforms: ImageTransforms = ImageTransforms(),
         sample_size: int = 2000,
         sample_classes: int = 10,

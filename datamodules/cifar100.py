@@ -120,7 +120,7 @@ class CIFAR100DataModule(VisionDataModule):
     )
 
     def __init__(
-        self, name: Literal["cifar100", "cifar10"] = "cifar100", val_fraction: float = 0.0, **options: Any
+        self, *, name: Literal["cifar100", "cifar10"] = "cifar100", val_fraction: float = 0.0, **options: Any
     ) -> None:
         super().__init__(**options)
         if not 0 <= val_fraction < 1:

@@ -87,7 +87,7 @@ class ImageFolderDataModule(VisionDataModule):
     layout: ClassVar[str] = "train/<class>/*.jpg and val/<class>/*.jpg (or test/), any image format"
 
     def __init__(
-        self, train_dir: str = "train", val_dir: str = "val", test_dir: str = "test", **options: Any
+        self, *, train_dir: str = "train", val_dir: str = "val", test_dir: str = "test", **options: Any
     ) -> None:
         super().__init__(**options)
         self.train_dir = train_dir

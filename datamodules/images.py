@@ -28,7 +28,7 @@ class ImagesDataModule(VisionDataModule):
 
     layout: ClassVar[str] = "image files, also in folders; or root is a glob, or one file"
 
-    def __init__(self, num_classes: int | None = None, **options: Any) -> None:
+    def __init__(self, *, num_classes: int | None = None, **options: Any) -> None:
         super().__init__(**options)
         self._num_classes = num_classes
 

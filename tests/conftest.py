@@ -14,7 +14,16 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from torch.utils.data import DataLoader, Dataset
 
+from tests.hermetic import CheckoutGuard
+
+REPOSITORY = Path(__file__).parent.parent
+
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # the process that hands out the tests sees the whole session
+        config.pluginmanager.register(CheckoutGuard(REPOSITORY))
 
 
 class Blobs(Dataset):
@@ -95,9 +104,6 @@ def trainer(tmp_path):
         return Trainer(**{**defaults, **options})
 
     return make
-
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ class EfficiencyReport(Callback):
 
     * `parameters`, `parameters_trainable`: every element, each shared tensor once.
     * `weights`, `weights_nonzero`, `sparsity`: of the weights alone, see `weights_of`.
-    * `macs`: multiply-accumulates for one input, counted while it runs, see `count_macs`.
+    * `macs`: multiply-accumulates for one input, counted while it runs, see `count_macs`;
+      `macs_uncounted_operators` names what multiplies and could not be counted, where there is any.
     * `theoretical_sparse_macs`: the same, every layer times the density of its weight. Only kernels for
       sparse weights would save them, and none is used here.
     * `bytes_on_disk`: the dense state dict as `torch.save` writes it (serialised and counted, not kept).
@@ -127,6 +128,8 @@ class EfficiencyReport(Callback):
             macs = count_macs(path, *first, weights=weights_of(student_of(module)))
             report["macs"] = macs.total
             report["theoretical_sparse_macs"] = macs.theoretical_sparse
+            if macs.uncounted:
+                report["macs_uncounted_operators"] = ", ".join(macs.uncounted)
             report["input"] = ", ".join("x".join(map(str, tensor.shape)) for tensor in first)
             if self.latency:
                 report |= self._time(trainer, path, inputs)

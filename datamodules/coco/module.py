@@ -242,6 +242,7 @@ class CocoDataModule(DataModule):
 
     def __init__(
         self,
+        *,
         transforms: DetectionTransforms | None = None,
         train_split: str = "train2017",
         val_split: str = "val2017",

@@ -82,6 +82,7 @@ class FakeImagesDataModule(DataModule):
 
     def __init__(
         self,
+        *,
         root: Path = Path("data"),
         dataset: Layout = "genimage",
         train_on: list[str] | None = None,

@@ -78,6 +78,7 @@ class TextDataModule(DataModule):
 
     def __init__(
         self,
+        *,
         train: str = "train.txt",
         val: str = "valid.txt",
         test: str = "test.txt",

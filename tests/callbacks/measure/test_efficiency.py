@@ -87,6 +87,14 @@ def test_latency_is_a_choice_and_input_size_replaces_the_batch(trainer, blob_dat
     assert not [key for key in report if "latency" in key or "throughput" in key]
 
 
+def test_what_could_not_be_counted_is_named_in_the_report(trainer, blob_data, tmp_path, monkeypatch):
+    assert "macs_uncounted_operators" not in report_of(trainer, blob_data(), tmp_path, latency=False)
+    monkeypatch.setattr("callbacks.measure.macs._MULTIPLYING", {"batch"})
+    with pytest.warns(UserWarning, match="MACs are too low: .*batch_norm"):
+        report = report_of(trainer, blob_data(), tmp_path, latency=False)
+    assert "batch_norm" in report["macs_uncounted_operators"]
+
+
 def test_validate_reports_and_fit_does_not(trainer, blob_data, tmp_path):
     efficiency = EfficiencyReport(latency=False)
     run = trainer(callbacks=[Results(), efficiency], limit_train_batches=1)

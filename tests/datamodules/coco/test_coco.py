@@ -434,7 +434,7 @@ def test_the_same_seed_draws_the_same_scene():
 def test_easy_scenes_are_large_shapes_of_one_category(tmp_path):
     style = SceneStyle(most=1, radii=(0.2, 0.3), crowds=0.0, longest=1.0, named=False)
     module = CocoDataModule(
-        tmp_path / "coco", sample=True, sample_size=8, sample_image_size=64, sample_style=style
+        root=tmp_path / "coco", sample=True, sample_size=8, sample_image_size=64, sample_style=style
     )
     module.prepare_data()
     module.setup("fit")
@@ -443,6 +443,6 @@ def test_easy_scenes_are_large_shapes_of_one_category(tmp_path):
         assert sample["image"].size == (64, 64)
         assert len(sample["labels"]) <= 1
         assert all(width > 12 for width in sample["boxes"][:, 2] - sample["boxes"][:, 0])
-    again = CocoDataModule(tmp_path / "coco", sample=True, sample_size=8, sample_image_size=64)
+    again = CocoDataModule(root=tmp_path / "coco", sample=True, sample_size=8, sample_image_size=64)
     with pytest.raises(MisconfigurationException, match="holds a sample made with"):
         again.prepare_data()
