@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
+from datamodules.features import Encoder, FeatureCache
 from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, collate_images, default_ranks
 from datamodules.reading import DataError, Listing, OnError, SkipCounter, SkippingDataset, read_image
 from datamodules.transforms import ImageTransforms
@@ -227,6 +228,18 @@ class DataModule(LightningDataModule):
             CorruptSampleError: it cannot be read.
         """
         return read_image(path)
+
+    def feature_cache(self, folder: Path, encoder: Encoder, **options: Any) -> FeatureCache:
+        """A cache of a frozen encoder's features, computed as this module reads and on the run's device.
+
+        Args:
+            folder: of all caches.
+            encoder: what computes them.
+            options: `shape`, `dtype` and `shard_bytes` of `FeatureCache`.
+        """
+        device = "cpu" if self.trainer is None else self.trainer.strategy.root_device
+        batch_size = self.eval_batch_size or self.batch_size
+        return FeatureCache(folder, encoder, device, batch_size, self.num_workers, self.on_error, **options)
 
     def announce(self, split: Split, content: str, folder: Path, listing: Listing) -> None:
         """Log on rank 0 what was found where, and how much was left out."""

@@ -23,7 +23,7 @@ from datamodules.fake_images.layouts import (
     read_layout,
 )
 from datamodules.fake_images.transforms import Degradation, FakeImageTransforms
-from datamodules.features import FeatureCache, FeatureDataset
+from datamodules.features import FeatureDataset
 from datamodules.imagenet import ImageFileDataset
 from datamodules.loading import ResumableLoader, collate_images
 from datamodules.reading import Listing, list_images
@@ -254,14 +254,7 @@ class FakeImagesDataModule(DataModule):
             raise MisconfigurationException(
                 f"cache: {type(module).__name__} has no encoder to cache the features of; set cache: null."
             )
-        cache = FeatureCache(
-            self.cache,
-            encoder,
-            self.trainer.strategy.root_device,
-            self.eval_batch_size or self.batch_size,
-            self.num_workers,
-            self.on_error,
-        )
+        cache = self.feature_cache(self.cache, encoder)
         drawn = split == "train" and self.views > 0
         transform = self.transforms.train() if drawn else self._evaluation(split)
         stores, labels, generators = [], [], []
