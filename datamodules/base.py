@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -25,6 +25,15 @@ Split = Literal["train", "val", "test", "predict"]
 
 SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 """Strategies whose forward pass is a collective, so that all ranks must run equally many batches."""
+
+
+@runtime_checkable
+class PictureDataset(Protocol):
+    """A data set that gives the picture of a sample alone."""
+
+    def picture(self, index: int) -> Image.Image:
+        """RGB, in the coordinates of what is predicted of it."""
+        ...
 
 
 class DataModule(LightningDataModule):
@@ -220,14 +229,20 @@ class DataModule(LightningDataModule):
     def _overrides(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(DataModule, method)
 
-    @staticmethod
-    def read_image(path: Path | str) -> Image.Image:
-        """An image file as the data set reads it, for whoever draws on it.
+    def picture(self, path: Path | str, index: int | None = None) -> Image.Image:
+        """A picture that was predicted on, as its sample had it, for whoever draws on it.
+
+        Args:
+            path: of its file.
+            index: of the sample; a data set that reads pictures in a way of its own is asked for it.
 
         Raises:
             CorruptSampleError: it cannot be read.
         """
-        return read_image(path)
+        dataset = self.datasets.get("predict")
+        if index is None or not isinstance(dataset, PictureDataset):
+            return read_image(path)
+        return dataset.picture(index)
 
     def feature_cache(self, folder: Path, encoder: Encoder, **options: Any) -> FeatureCache:
         """A cache of a frozen encoder's features, computed as this module reads and on the run's device.
