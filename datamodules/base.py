@@ -5,15 +5,18 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
+from datamodules.features import Encoder, FeatureCache
 from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, collate_images, default_ranks
-from datamodules.reading import OnError, SkipCounter, SkippingDataset
+from datamodules.reading import DataError, Listing, OnError, SkipCounter, SkippingDataset, read_image
 from datamodules.transforms import ImageTransforms
 
 log = logging.getLogger(__name__)
@@ -22,6 +25,15 @@ Split = Literal["train", "val", "test", "predict"]
 
 SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 """Strategies whose forward pass is a collective, so that all ranks must run equally many batches."""
+
+
+@runtime_checkable
+class PictureDataset(Protocol):
+    """A data set that gives the picture of a sample alone."""
+
+    def picture(self, index: int) -> Image.Image:
+        """RGB, in the coordinates of what is predicted of it."""
+        ...
 
 
 class DataModule(LightningDataModule):
@@ -144,8 +156,14 @@ class DataModule(LightningDataModule):
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
     def loader(self, split: Split) -> ResumableLoader:
-        """The loader of a split."""
+        """The loader of a split.
+
+        Raises:
+            DataError: the split has no samples.
+            MisconfigurationException: there is no such split, or training has less than a batch.
+        """
         dataset, epoch_end = self._dataset(split), None
+        self._check_size(split, dataset)
         train = split == "train"
         if self.on_error == "skip":
             counter = SkipCounter(self.num_workers)
@@ -168,6 +186,19 @@ class DataModule(LightningDataModule):
         if split not in self.datasets:
             raise MisconfigurationException(f"{type(self).__name__} has no {split} data.")
         return self.datasets[split]
+
+    def _check_size(self, split: Split, dataset: Dataset[Any]) -> None:
+        """Whether there is a batch at all: a run that trains nothing must not look like a success."""
+        length, world = len(dataset), self._ranks()[1]  # type: ignore[arg-type]
+        if length == 0:
+            raise DataError(f"{type(self).__name__}: the {split} data in {self.root} has no samples.")
+        if split == "train" and self.drop_last and length // world < self.batch_size:
+            each = f" ({length // world} for each of {world} processes)" if world > 1 else ""
+            raise MisconfigurationException(
+                f"{type(self).__name__}: {length} training samples{each} make no whole batch of batch_size: "
+                f"{self.batch_size}, and an incomplete one is left out: lower batch_size, or set "
+                "drop_last: false."
+            )
 
     def _sampler(self, dataset: SeededDataset, split: Split) -> EpochSampler:
         rank, world = self._ranks()
@@ -199,6 +230,37 @@ class DataModule(LightningDataModule):
     def _overrides(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(DataModule, method)
 
+    def picture(self, path: Path | str, index: int | None = None) -> Image.Image:
+        """A picture that was predicted on, as its sample had it, for whoever draws on it.
+
+        Args:
+            path: of its file.
+            index: of the sample; a data set that reads pictures in a way of its own is asked for it.
+
+        Raises:
+            CorruptSampleError: it cannot be read.
+        """
+        dataset = self.datasets.get("predict")
+        if index is None or not isinstance(dataset, PictureDataset):
+            return read_image(path)
+        return dataset.picture(index)
+
+    def feature_cache(self, folder: Path, encoder: Encoder, **options: Any) -> FeatureCache:
+        """A cache of a frozen encoder's features, computed as this module reads and on the run's device.
+
+        Args:
+            folder: of all caches.
+            encoder: what computes them.
+            options: `shape`, `dtype` and `shard_bytes` of `FeatureCache`.
+        """
+        device = "cpu" if self.trainer is None else self.trainer.strategy.root_device
+        batch_size = self.eval_batch_size or self.batch_size
+        return FeatureCache(folder, encoder, device, batch_size, self.num_workers, self.on_error, **options)
+
+    def announce(self, split: Split, content: str, folder: Path, listing: Listing) -> None:
+        """Log on rank 0 what was found where, and how much was left out."""
+        rank_zero_info(f"{type(self).__name__}, {split}: {content} in {folder}{listing.left_out()}.")
+
     def require(self, path: Path) -> None:
         """Makes sure that ``path`` exists.
 
@@ -215,9 +277,11 @@ class DataModule(LightningDataModule):
             )
             if self._overrides(method)
         ]
+        there = sorted(os.listdir(self.root))[:8] if self.root.is_dir() else []
+        holds = f" {self.root} holds {', '.join(there)}." if there else ""
         raise FileNotFoundError(
-            f"{type(self).__name__}: {path} does not exist. Expected under root={self.root}: {self.layout}. "
-            f"Set root to where that is{'; ' if remedies else ''}{', or '.join(remedies)}."
+            f"{type(self).__name__}: {path} does not exist.{holds} Expected under root={self.root}: "
+            f"{self.layout}. Set root to where that is{'; ' if remedies else ''}{', or '.join(remedies)}."
         )
 
 

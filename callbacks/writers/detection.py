@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.run.directory import announce, replaced_atomically, run_directory
 from callbacks.writers.base import PredictionWriter
-from callbacks.writers.drawing import shortened
+from callbacks.writers.drawing import open_picture, shortened
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -119,10 +119,8 @@ class DetectionWriter(PredictionWriter):
             announce(trainer, f"pictures drawn in {pictures(trainer)}")
 
     def _draw(self, trainer: Trainer, source: Path, index: int, found: list[list[float]]) -> None:
-        from PIL import Image
-
-        with Image.open(source) as picture:
-            drawn = draw_detections(picture.convert("RGB"), found, self._names, self.max_side)
+        picture = open_picture(trainer, source, index)
+        drawn = draw_detections(picture, found, self._names, self.max_side)
         drawn.save(pictures(trainer) / f"{index:06d}_{source.stem}.jpg", quality=90)
 
 
