@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from callbacks.objective import ObjectiveCallback
 from lightning_modules.base import Method
-from lightning_modules.deco.losses import box_losses, match, matching_costs, mean_object_count, pad_targets
+from lightning_modules.deco.losses import assign, assignment_costs, box_losses, mean_object_count, pad_targets
 from lightning_modules.deco.network import DetectionNetwork, network_images
 from lightning_modules.deco.released import load_detector
 from lightning_modules.parts.frozen import FrozenNetwork
@@ -116,12 +116,12 @@ class SetDistillation(nn.Module):
         )
         soft = pad_sequence([p[kept] for p, kept in zip(probabilities, found, strict=True)], batch_first=True)
         logits, own = outputs["logits"].float()[None], outputs["boxes"].float()[None]  # one layer
-        matches = match(matching_costs(logits, own, targets, module.criterion.costs), targets.counts)
-        matched = logits[matches.layer, matches.image, matches.query]  # (pairs, classes)
+        assignment = assign(assignment_costs(logits, own, targets, module.criterion.costs), targets.counts)
+        matched = logits[assignment.layer, assignment.image, assignment.query]  # (pairs, classes)
         classes = F.binary_cross_entropy_with_logits(
-            matched, soft[matches.image, matches.object], reduction="sum"
+            matched, soft[assignment.image, assignment.object], reduction="sum"
         )
-        distance, giou = box_losses(own, targets, matches)
+        distance, giou = box_losses(own, targets, assignment)
         count = mean_object_count(sum(targets.counts), logits.device)
         terms = {"class": classes, "bbox": distance.sum(), "giou": giou.sum()}
         return {name: self.weights[name] * value / count for name, value in terms.items()}

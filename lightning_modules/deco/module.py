@@ -17,7 +17,7 @@ from lightning_modules.deco.losses import (
     SetCriterion,
     Targets,
     VarifocalCriterion,
-    matching_errors,
+    assignment_errors,
     pad_targets,
 )
 from lightning_modules.deco.network import DetectionNetwork, network_images
@@ -129,10 +129,10 @@ class DecoDetector(Method):
     def losses(self, outputs: dict[str, Tensor], batch: dict[str, Any]) -> Terms:
         """The criterion's terms; the share of wrong classes among the matched queries is logged beside."""
         targets = self._targets(batch)
-        matches = self.criterion.match(outputs, targets)
-        errors = matching_errors(outputs["logits"], targets, matches)
+        assignment = self.criterion.assign(outputs, targets)
+        errors = assignment_errors(outputs["logits"], targets, assignment)
         self.log_dict({f"train/{name}": value for name, value in errors.items()}, batch_size=1)
-        return self.criterion(outputs, targets, matches)
+        return self.criterion(outputs, targets, assignment)
 
     def _targets(self, batch: dict[str, Any]) -> Targets:
         boxes = [normalised(target["boxes"], target["size"]) for target in batch["targets"]]

@@ -7,15 +7,14 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from lightning_modules.base import Terms
 from lightning_modules.gendet.detector import FakeDetector
-from lightning_modules.gendet.evaluation import first_of_each
+from lightning_modules.parts.distributed import rows_of_all_ranks
 from lightning_modules.parts.encoder import ImageEncoder
-from lightning_modules.parts.normalize import register_normalization
+from lightning_modules.parts.normalize import register_normalization, trained_statistics
 from lightning_modules.parts.weights import build_network, load_weights
 
 
@@ -89,8 +88,7 @@ class CNNDetector(LogitDetector):
         if weights is not None and pretrained is None:
             load_weights(network, weights)
         self.network = network
-        statistics = resolve_data_config(model=network)
-        register_normalization(self, statistics["mean"], statistics["std"])
+        register_normalization(self, *trained_statistics(network))
 
     def inputs(self, batch: dict[str, Any]) -> Tensor:
         """Normalised images."""
@@ -150,12 +148,10 @@ class NearestNeighbors(FakeDetector):
 
     def _gathered(self) -> tuple[Tensor, Tensor, Tensor]:
         """Index, features and labels of what all ranks have found, each image once, in order."""
-        index, features, labels = (torch.cat(parts) for parts in zip(*self._found, strict=True))
-        if self.trainer.world_size > 1:
-            parts: Any = self.all_gather((index, features, labels))  # (ranks, images, ...)
-            index, features, labels = (values.flatten(0, 1) for values in parts)
-        rows = first_of_each(index)
-        return index[rows], features[rows], labels[rows]
+        index, features, labels = rows_of_all_ranks(
+            *(torch.cat(parts) for parts in zip(*self._found, strict=True))
+        )
+        return index, features, labels
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """In the middle of the epoch: keep what was found."""

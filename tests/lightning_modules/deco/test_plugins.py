@@ -122,13 +122,13 @@ def test_teachers_that_do_not_fit_are_refused(scenes, trainer, blob_data):
         trainer(callbacks=[kd], max_steps=1).fit(ImageClassifier("test_resnet", 4), datamodule=blob_data())
 
 
-def test_matching_is_a_criterions_business_alone():
-    """The objective matches with the costs of the student's own criterion."""
+def test_assignment_is_a_criterions_business_alone():
+    """The objective assigns with the costs of the student's own criterion."""
     targets = pad_targets([torch.tensor([1])], [torch.full((1, 4), 0.5)], 3)
     outputs = {
         "logits": torch.zeros(1, 2, 3),
         "boxes": torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.4, 0.4, 0.1, 0.1]]]),
     }
     outputs["logits"][0, 1, 1] = 9.0
-    assert FocalCriterion().match(outputs, targets).query.tolist() == [0]
-    assert FocalCriterion(cost_class=100.0).match(outputs, targets).query.tolist() == [1]
+    assert FocalCriterion().assign(outputs, targets).query.tolist() == [0]
+    assert FocalCriterion(cost_class=100.0).assign(outputs, targets).query.tolist() == [1]
