@@ -13,12 +13,13 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from callbacks.measure.efficiency import state_dict_bytes
 from callbacks.run.directory import announce, run_directory
-from lightning_modules.parts.inference import InferencePath, evaluating, inputs_of, repeat_to
+from lightning_modules.parts.frozen import evaluating
+from lightning_modules.parts.inference import InferencePath, inputs_of, repeat_to
+from lightning_modules.parts.strategies import is_sharded
 
 PROTOBUF_LIMIT = 1_900_000_000  # bytes; an ONNX file of 2 GiB needs its weights beside it
 
@@ -71,7 +72,7 @@ class ONNXExport(Callback):
             raise ModuleNotFoundError(
                 f"ONNXExport needs {', '.join(lacking)}: pip install featherlight[export]"
             )
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        if is_sharded(trainer.strategy):
             raise MisconfigurationException(
                 "ONNXExport exports no sharded network: run `test` on its checkpoint on one device."
             )

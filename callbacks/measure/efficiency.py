@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 from callbacks.measure.macs import count_macs
 from callbacks.measure.timing import Budget, BudgetBar, time_calls
 from callbacks.run.device import device_name
-from lightning_modules.parts.inference import InferencePath, evaluating, inputs_of, repeat_to, student_of
+from lightning_modules.parts.frozen import evaluating
+from lightning_modules.parts.inference import InferencePath, inputs_of, repeat_to, student_of
+from lightning_modules.parts.strategies import is_sharded
 
 
 class EfficiencyReport(Callback):
@@ -105,7 +106,7 @@ class EfficiencyReport(Callback):
 
     def results(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Measure on rank 0; empty on the other ranks, and where no batch was seen."""
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        if is_sharded(trainer.strategy):
             rank_zero_warn("EfficiencyReport measures no sharded network: test the checkpoint on one device.")
             return {}
         report = self._measure(trainer, module) if trainer.is_global_zero else {}

@@ -1,7 +1,6 @@
 """What is deployed of a module, and what it takes."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,18 +49,6 @@ def inputs_of(module: nn.Module, batch: Any) -> tuple[Tensor, ...] | None:
             if isinstance(batch.get(key), Tensor):
                 return (batch[key],)
     return None
-
-
-@contextlib.contextmanager
-def evaluating(path: nn.Module) -> Iterator[None]:
-    """Every part in eval mode inside the block, and each as it was behind it."""
-    modes = {part: part.training for part in path.modules()}
-    path.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 def repeat_to(tensor: Tensor, batch_size: int) -> Tensor:

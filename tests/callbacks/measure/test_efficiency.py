@@ -11,7 +11,8 @@ from callbacks.measure.efficiency import EfficiencyReport, size_of, state_dict_b
 from callbacks.run.device import device_name
 from callbacks.run.results import Results
 from lightning_modules import ImageClassifier
-from lightning_modules.parts.inference import InferencePath, evaluating, repeat_to
+from lightning_modules.parts.frozen import evaluating
+from lightning_modules.parts.inference import InferencePath, repeat_to
 
 SIZES = {"conv": 3 * 4 * 9, "head": 4 * 2}
 CONV_MACS = 32 * 32 * SIZES["conv"]
