@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.base import Method, Terms
+from lightning_modules.parts.inference import CLASSIFIER
 from lightning_modules.parts.normalize import normalized, register_normalization, restored, trained_statistics
 from lightning_modules.parts.weights import build_network
 
@@ -43,6 +44,7 @@ class ImageClassifier(Method):
 
     mean: Tensor
     std: Tensor
+    inference = CLASSIFIER
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ from lightning_modules.deco.losses import (
 from lightning_modules.deco.network import DetectionNetwork, network_images
 from lightning_modules.deco.plus import DecoPlus
 from lightning_modules.deco.released import load_backbone, load_detector
+from lightning_modules.parts.inference import InferenceSpec
 from lightning_modules.parts.normalize import register_normalization
 
 
@@ -50,6 +51,7 @@ class DecoDetector(Method):
 
     mean: Tensor
     std: Tensor
+    inference = InferenceSpec(outputs=("logits", "boxes"), unit="images")
 
     def __init__(
         self,

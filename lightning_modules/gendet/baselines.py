@@ -14,7 +14,8 @@ from lightning_modules.base import Terms
 from lightning_modules.gendet.detector import FakeDetector
 from lightning_modules.parts.distributed import rows_of_all_ranks
 from lightning_modules.parts.encoder import ImageEncoder
-from lightning_modules.parts.normalize import register_normalization, trained_statistics
+from lightning_modules.parts.inference import InferenceSpec
+from lightning_modules.parts.normalize import normalized, register_normalization, trained_statistics
 from lightning_modules.parts.weights import build_network, load_weights
 
 
@@ -92,7 +93,15 @@ class CNNDetector(LogitDetector):
 
     def inputs(self, batch: dict[str, Any]) -> Tensor:
         """Normalised images."""
-        return (batch["image"] - self.mean) / self.std
+        return self.normalize(batch["image"])
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] to what the network was made for; same shape."""
+        return normalized(images, self.mean, self.std)
+
+    def inference_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Images in [0, 1]: the inference path normalises them."""
+        return {"images": batch["image"]}
 
 
 class NearestNeighbors(FakeDetector):
@@ -110,6 +119,7 @@ class NearestNeighbors(FakeDetector):
 
     bank: Tensor
     bank_labels: Tensor
+    inference = InferenceSpec(outputs=("scores",), unit="images")
 
     def __init__(self, encoder: ImageEncoder, k: int = 1, standardize: bool = False) -> None:
         if k < 1:
@@ -121,6 +131,10 @@ class NearestNeighbors(FakeDetector):
         self.register_buffer("bank", torch.empty(0, encoder.width))
         self.register_buffer("bank_labels", torch.empty(0, dtype=torch.int64))
         self._found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def inference_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Features as they come: the module itself standardises them."""
+        return {"features": self.features(batch)}
 
     def configure_optimizers(self) -> Optimizer:
         """An optimiser that changes nothing and counts the steps."""
