@@ -20,10 +20,13 @@ class ObjectiveCallback(Callback, ABC):
     Args:
         name: of the objective; terms are logged as `train/<name>/<term>`. Two callbacks in a run need two
             names.
+        optimizer: which of the `optimizer_names` of a method with alternating optimisers the terms are for;
+            None in a method with one optimiser.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, optimizer: str | None = None) -> None:
         self.name = name
+        self.optimizer = optimizer
         self._objective: nn.Module | None = None
 
     @property
@@ -50,7 +53,9 @@ class ObjectiveCallback(Callback, ABC):
         _check_order(trainer, self)
         if self._objective is None:
             self._objective = self.build_objective(trainer, pl_module)
-        pl_module.attach_objective(self.name, self._objective)
+        left_over = self.name in pl_module.objectives and pl_module.objectives[self.name] is self._objective
+        if not left_over:  # a run that broke off has no teardown
+            pl_module.attach_objective(self.name, self._objective, self.optimizer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module as it was found."""

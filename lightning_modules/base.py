@@ -26,8 +26,8 @@ class Method(LightningModule):
 
     A method fills in `compute` and `losses`. The loss of a step is the sum of its own terms and of those of
     every attached objective; each is logged as `train/<term>` or `train/<objective>/<term>`. A method with
-    alternating optimisers sets `automatic_optimization = False`, overrides `training_step`, and still uses
-    `total_loss`, `parameter_groups` and `schedule`.
+    alternating optimisers sets `automatic_optimization = False`, names them in `optimizer_names`, overrides
+    `training_step`, and still uses `total_loss`, `parameter_groups` and `schedule`.
 
     Every training step starts from random state seeded by (seed, epoch, batch, rank), so that a resumed run
     draws the numbers that the uninterrupted one would have drawn.
@@ -41,7 +41,13 @@ class Method(LightningModule):
             matches wins.
         no_decay: globs over parameter names that get no weight decay.
         decay_1d: False leaves one-dimensional parameters (norms, biases) without weight decay, as timm does.
+
+    Attributes:
+        optimizer_names: of the optimisers of a method that alternates between several; an objective says
+            which of them it is for.
     """
+
+    optimizer_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -60,6 +66,7 @@ class Method(LightningModule):
         self.no_decay = no_decay or []
         self.decay_1d = decay_1d
         self.objectives = nn.ModuleDict()
+        self._objective_optimizers: dict[str, str | None] = {}
         self._finite = FiniteGuard()
 
     # What a method fills in
@@ -88,10 +95,19 @@ class Method(LightningModule):
         outputs = self.compute(batch)
         return self.total_loss(outputs, batch, batch_idx)
 
-    def total_loss(self, outputs: dict[str, Tensor], batch: Any, batch_idx: int) -> Tensor:
-        """Sum of the method's terms and of every objective's, logged and watched for non-finite values."""
+    def total_loss(
+        self, outputs: dict[str, Tensor], batch: Any, batch_idx: int, optimizer: str | None = None
+    ) -> Tensor:
+        """Sum of the method's terms and of the objectives', logged and watched for non-finite values.
+
+        Args:
+            outputs: of `compute`.
+            batch: that they are of.
+            batch_idx: its number.
+            optimizer: the one of `optimizer_names` that will step; only objectives for it take part.
+        """
         terms = dict(self.losses(outputs, batch))
-        for name, objective in self.objectives.items():
+        for name, objective in self.objectives_for(optimizer).items():
             terms.update({f"{name}/{term}": value for term, value in objective(self, batch, outputs).items()})
         if not terms:
             raise MisconfigurationException(
@@ -116,14 +132,26 @@ class Method(LightningModule):
 
     # Objectives
 
-    def attach_objective(self, name: str, objective: nn.Module) -> None:
+    def attach_objective(self, name: str, objective: nn.Module, optimizer: str | None = None) -> None:
         """Add `objective(module, batch, outputs) -> {term: weighted scalar}` to the training loss.
 
         Its parameters and buffers become part of the module: optimised, checkpointed, synchronised.
 
+        Args:
+            name: of the objective.
+            objective: what gives the terms.
+            optimizer: which of `optimizer_names` it is for; None in a method with one optimiser.
+
         Raises:
-            MisconfigurationException: the name is taken, or has a dot or slash.
+            MisconfigurationException: the name is taken, or has a dot or slash, or the method has no such
+                optimiser.
         """
+        if optimizer not in (self.optimizer_names or (None,)):
+            has = ", ".join(self.optimizer_names) or "one without a name"
+            raise MisconfigurationException(
+                f"The objective '{name}' is for the optimiser {optimizer}, and those of "
+                f"{type(self).__name__} are: {has}. Give the objective the `optimizer` that it is for."
+            )
         if name in self.objectives:
             raise MisconfigurationException(
                 f"An objective named '{name}' is attached already: give each its `name`."
@@ -133,6 +161,15 @@ class Method(LightningModule):
                 f"objective name '{name}': must be non-empty, without '.' and '/'."
             )
         self.objectives[name] = objective
+        self._objective_optimizers[name] = optimizer
+
+    def objectives_for(self, optimizer: str | None) -> dict[str, nn.Module]:
+        """The attached objectives that are for an optimiser, by name."""
+        return {
+            name: objective
+            for name, objective in self.objectives.items()
+            if self._objective_optimizers.get(name) == optimizer
+        }
 
     def detach_objective(self, name: str) -> None:
         """Remove an attached objective; unknown names are ignored."""

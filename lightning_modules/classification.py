@@ -5,13 +5,14 @@ from typing import Any, Literal
 
 import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from timm.data import Mixup, resolve_data_config
+from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.base import Method, Terms
-from lightning_modules.parts.normalize import register_normalization
+from lightning_modules.parts.inference import CLASSIFIER
+from lightning_modules.parts.normalize import normalized, register_normalization, restored, trained_statistics
 from lightning_modules.parts.weights import build_network
 
 
@@ -43,6 +44,7 @@ class ImageClassifier(Method):
 
     mean: Tensor
     std: Tensor
+    inference = CLASSIFIER
 
     def __init__(
         self,
@@ -72,8 +74,8 @@ class ImageClassifier(Method):
         self.label_smoothing = label_smoothing
         self.loss = loss
         self.loss_weight = loss_weight
-        statistics = resolve_data_config(model=self.network)
-        register_normalization(self, mean or statistics["mean"], std or statistics["std"])
+        statistics = trained_statistics(self.network)
+        register_normalization(self, mean or statistics.mean, std or statistics.std)
         self.mix = None
         if mixup > 0 or cutmix > 0:
             self.mix = Mixup(
@@ -108,7 +110,7 @@ class ImageClassifier(Method):
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images in [0, 1] to what the network was made for; same shape."""
-        return (images - self.mean) / self.std
+        return normalized(images, self.mean, self.std)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes) of images (batch, 3, height, width) in [0, 1]."""
@@ -122,7 +124,7 @@ class ImageClassifier(Method):
         if self.random_erasing > 0:
             # timm draws unit noise for normalised images: erase there, and come back to [0, 1] images
             eraser = RandomErasing(self.random_erasing, mode="pixel", max_count=1, device=images.device)
-            images = eraser(self.normalize(images)) * self.std + self.mean
+            images = restored(eraser(self.normalize(images)), self.mean, self.std)
         if self.mix is None:
             return {**batch, "image": images}
         if len(images) % 2:

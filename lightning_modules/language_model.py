@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_modules.base import Method, Terms
+from lightning_modules.parts.inference import InferenceSpec
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
@@ -147,6 +148,13 @@ class CausalLanguageModel(Method):
     """
 
     network: nn.Module
+    inference = InferenceSpec(
+        outputs=("logits",),
+        unit="tokens",
+        unit_axes=(0, 1),
+        free_dimensions={"input_ids": {1: "length"}},
+        arguments={"use_cache": False},
+    )
 
     def __init__(
         self,

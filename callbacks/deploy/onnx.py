@@ -13,12 +13,21 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from callbacks.measure.efficiency import state_dict_bytes
 from callbacks.run.directory import announce, run_directory
-from lightning_modules.parts.inference import InferencePath, evaluating, inputs_of, repeat_to
+from lightning_modules.parts.frozen import evaluating
+from lightning_modules.parts.inference import (
+    InferencePath,
+    InferenceSpec,
+    inputs_of,
+    named_inputs,
+    named_outputs,
+    repeat_to,
+    spec_of,
+)
+from lightning_modules.parts.strategies import is_sharded
 
 PROTOBUF_LIMIT = 1_900_000_000  # bytes; an ONNX file of 2 GiB needs its weights beside it
 
@@ -26,10 +35,11 @@ PROTOBUF_LIMIT = 1_900_000_000  # bytes; an ONNX file of 2 GiB needs its weights
 class ONNXExport(Callback):
     """Exports the inference path to ONNX, with a free batch size, and compares it with torch in onnxruntime.
 
-    The graph holds the normalisation: its input is `images`, float32 (batch, 3, height, width) in [0, 1], of
+    Inputs, outputs and free sizes are called as the module declares, see `InferenceSpec`. The graph holds the
+    normalisation: the input of an image method is `images`, float32 (batch, 3, height, width) in [0, 1], of
     the height and width of the first batch. Weights that were pruned are zeros in the file. The file appears
-    in the run directory only if it passed the comparison, at the exported batch size of two and at one and
-    three.
+    in the run directory only if it passed the comparison, at the exported batch size of two, at one and
+    three, and at half of every other free size.
 
     Args:
         when: after `test`, or after `fit` (the last weights then, not the best checkpoint's).
@@ -53,7 +63,7 @@ class ONNXExport(Callback):
         self.file_name = file_name
         self.tolerance = tolerance
         self.opset = opset
-        self._inputs: tuple[Tensor, ...] | None = None
+        self._inputs: dict[str, Tensor] | None = None
         self._from_validation = False
         self._report: dict[str, Any] = {}
 
@@ -71,7 +81,7 @@ class ONNXExport(Callback):
             raise ModuleNotFoundError(
                 f"ONNXExport needs {', '.join(lacking)}: pip install featherlight[export]"
             )
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        if is_sharded(trainer.strategy):
             raise MisconfigurationException(
                 "ONNXExport exports no sharded network: run `test` on its checkpoint on one device."
             )
@@ -106,7 +116,7 @@ class ONNXExport(Callback):
                 f"ONNXExport finds no `image` or `input_ids` in a batch ({type(batch).__name__}): give "
                 f"{type(module).__name__} a method `inference_inputs(batch)`."
             )
-        self._inputs = tuple(tensor[:3].detach().cpu().clone() for tensor in inputs)
+        self._inputs = {name: tensor[:3].detach().cpu().clone() for name, tensor in inputs.items()}
 
     # Exporting
 
@@ -133,8 +143,9 @@ class ONNXExport(Callback):
             with torch.inference_mode(False), torch.no_grad(), evaluating(module):
                 module.cpu()
                 try:
+                    spec = spec_of(module, self._inputs)
                     self._report = export_onnx(
-                        InferencePath(module), self._inputs, path, self.tolerance, self.opset
+                        InferencePath(module), self._inputs, path, self.tolerance, self.opset, spec
                     )
                 finally:
                     module.to(device)
@@ -143,19 +154,22 @@ class ONNXExport(Callback):
 
 def export_onnx(
     network: nn.Module,
-    inputs: tuple[Tensor, ...],
+    inputs: Mapping[str, Tensor] | Sequence[Tensor],
     path: Path,
     tolerance: float = 1e-4,
     opset: int | None = None,
+    spec: InferenceSpec = InferenceSpec(),
 ) -> dict[str, Any]:
     """Export `network` with a free batch size to `path`, if onnxruntime gives what torch gives.
 
     Args:
         network: in eval mode, float32, on the CPU.
-        inputs: its arguments, batch first; two of the batch are traced.
+        inputs: its arguments in order, by name or as `named_inputs` calls them, batch first; two of the batch
+            are traced.
         path: the file; it is written at once or not at all. From 1.9 GB on the weights lie beside it.
         tolerance: largest absolute difference of any output.
         opset: ONNX operator set; None takes the exporter's own.
+        spec: names of outputs and of free sizes.
 
     Returns:
         `path`, `bytes`, `opset`, `max_abs_difference`, `tolerance`, `export_seconds`.
@@ -171,12 +185,12 @@ def export_onnx(
             "trainer.precision=32-true or a mixed precision."
         )
     start = time.perf_counter()
-    program = _traced(network, tuple(repeat_to(tensor, 2) for tensor in inputs), opset)
+    inputs = named_inputs(inputs)
+    program = _traced(network, {name: repeat_to(tensor, 2) for name, tensor in inputs.items()}, opset, spec)
     large = state_dict_bytes(network) > PROTOBUF_LIMIT
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as directory:
         program.save(Path(directory) / path.name, external_data=large)
-        batches = [tuple(repeat_to(tensor, count) for tensor in inputs) for count in (1, 2, 3)]
-        difference = max_abs_difference(network, Path(directory) / path.name, batches)
+        difference = max_abs_difference(network, Path(directory) / path.name, _batches(inputs, spec))
         if not difference <= tolerance:
             raise RuntimeError(
                 f"ONNXExport: the outputs of onnxruntime differ from torch's by up to {difference:.3g}, more "
@@ -196,9 +210,25 @@ def export_onnx(
     }
 
 
-def _traced(network: nn.Module, inputs: tuple[Tensor, ...], opset: int | None) -> "torch.onnx.ONNXProgram":
-    names = ["images"] if len(inputs) == 1 else [f"input_{place}" for place in range(len(inputs))]
-    batch = torch.export.Dim("batch")
+def _batches(inputs: Mapping[str, Tensor], spec: InferenceSpec) -> list[tuple[Tensor, ...]]:
+    """What is compared: three batch sizes, and shorter inputs along every free axis."""
+    batches = [tuple(repeat_to(tensor, count) for tensor in inputs.values()) for count in (1, 2, 3)]
+    free = {axis for name in inputs for axis in spec.axes(name).values()} - {"batch"}
+    for wanted in sorted(free):
+        shorter = dict(inputs)
+        for name, tensor in inputs.items():
+            for axis in (axis for axis, called in spec.axes(name).items() if called == wanted):
+                shorter[name] = shorter[name].narrow(axis, 0, max(1, tensor.shape[axis] // 2))
+        batches.append(tuple(shorter.values()))
+    return batches
+
+
+def _traced(
+    network: nn.Module, inputs: Mapping[str, Tensor], opset: int | None, spec: InferenceSpec
+) -> "torch.onnx.ONNXProgram":
+    outputs = [name for name, _ in named_outputs(network(*inputs.values()), spec.outputs)]
+    sizes = {called: torch.export.Dim(called) for name in inputs for called in spec.axes(name).values()}
+    shapes = tuple({axis: sizes[called] for axis, called in spec.axes(name).items()} for name in inputs)
     level = logging.getLogger("onnxscript").level
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it reports each pass of its optimiser
     try:
@@ -206,10 +236,11 @@ def _traced(network: nn.Module, inputs: tuple[Tensor, ...], opset: int | None) -
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 network,
-                inputs,
+                tuple(inputs.values()),
                 dynamo=True,
-                input_names=names,
-                dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+                input_names=list(inputs),
+                output_names=outputs,
+                dynamic_shapes=(shapes,),
                 opset_version=opset,
                 verbose=False,
             )
@@ -248,11 +279,4 @@ def max_abs_difference(network: nn.Module, path: Path, batches: Sequence[tuple[T
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
     """The tensors of nested tuples, lists and dictionaries, in order."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for item in output.values():
-            yield from tensors_in(item)
-    elif isinstance(output, (list, tuple)):
-        for item in output:
-            yield from tensors_in(item)
+    return (tensor for _, tensor in named_outputs(output))

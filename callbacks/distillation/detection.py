@@ -1,4 +1,4 @@
-"""Distillation between detectors: what the teacher finds is matched with the student's queries."""
+"""Distillation between detectors: what the teacher finds is assigned to the student's queries."""
 
 from pathlib import Path
 from typing import Any
@@ -9,21 +9,27 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from callbacks.objective import ObjectiveCallback
+from callbacks.distillation.base import FrozenTeacher, Teacher
 from lightning_modules.base import Method
-from lightning_modules.deco.losses import box_losses, match, matching_costs, mean_object_count, pad_targets
+from lightning_modules.deco.losses import (
+    SetCriterion,
+    assign,
+    assignment_costs,
+    box_losses,
+    mean_object_count,
+    pad_targets,
+)
 from lightning_modules.deco.network import DetectionNetwork, network_images
 from lightning_modules.deco.released import load_detector
-from lightning_modules.parts.frozen import FrozenNetwork
 from lightning_modules.parts.normalize import register_normalization
 
 
-class DetectionTeacher(ObjectiveCallback):
+class DetectionTeacher(Teacher):
     """Distils a frozen detector into the run's detector, which may be of another size or kind.
 
     The queries of two detectors are in no common order, so their logits cannot be compared place by place.
-    What the teacher finds with some confidence is matched with the student's queries as ground truth is, and
-    each matched query learns the teacher's box and its probabilities of all classes (the matched part of
+    What the teacher finds with some confidence is assigned to the student's queries as ground truth is, and
+    each of these queries learns the teacher's box and its probabilities of all classes (the matched part of
     DETRDistill, Chang et al., ICCV 2023, without its features and its query prior).
 
     Args:
@@ -53,20 +59,20 @@ class DetectionTeacher(ObjectiveCallback):
         self.min_score = min_score
         self.term_weights = {"class": class_weight, "bbox": bbox_weight, "giou": giou_weight}
         self._network = teacher
-        self._teacher: FrozenNetwork | None = None
 
-    def build_objective(self, trainer: Trainer, module: Method) -> nn.Module:
-        """Load the teacher, and compare it with the student.
-
-        Raises:
-            MisconfigurationException: the run's model is no detector, or has another number of classes.
-        """
-        student = getattr(module, "network", None)
-        if not isinstance(student, DetectionNetwork):
+    def student(self, module: LightningModule) -> DetectionNetwork:
+        """The run's detector."""
+        network, criterion = getattr(module, "network", None), getattr(module, "criterion", None)
+        if not isinstance(network, DetectionNetwork) or not isinstance(criterion, SetCriterion):
             raise MisconfigurationException(
                 f"DetectionTeacher distils into detectors such as DecoDetector's, not "
                 f"{type(module).__name__}."
             )
+        return network
+
+    def build_teacher(self, module: LightningModule) -> FrozenTeacher:
+        """The detector with its weights."""
+        student = self.student(module)
         if student.num_classes != self._network.num_classes:
             raise MisconfigurationException(
                 f"DetectionTeacher: the teacher has {self._network.num_classes} classes, the student "
@@ -74,19 +80,20 @@ class DetectionTeacher(ObjectiveCallback):
             )
         if self.weights is not None:
             load_detector(self._network, self.weights)
-        self._teacher = FrozenNetwork(self._network)
-        return SetDistillation(self._teacher, self.min_score, self.term_weights)
+        return FrozenTeacher(self._network, type(self._network).__name__, "logits or boxes")
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the teacher to the run's device."""
-        assert self._teacher is not None
-        self._teacher.to(pl_module.device)
+    @property
+    def source(self) -> tuple[Any, ...]:
+        """Network and weights."""
+        return (id(self._network), str(self.weights))
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the teacher off the device."""
-        super().teardown(trainer, pl_module, stage)
-        if self._teacher is not None:
-            self._teacher.to("cpu")
+    def build_objective(self, trainer: Trainer, module: Method) -> nn.Module:
+        """The matched terms."""
+        return SetDistillation(self.frozen, self.min_score, self.term_weights)
+
+    def settings(self) -> dict[str, Any]:
+        """Which of the teacher's boxes count."""
+        return {"min_score": self.min_score}
 
 
 class SetDistillation(nn.Module):
@@ -95,7 +102,7 @@ class SetDistillation(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, teacher: FrozenNetwork, min_score: float, weights: dict[str, float]) -> None:
+    def __init__(self, teacher: FrozenTeacher, min_score: float, weights: dict[str, float]) -> None:
         super().__init__()
         self._teacher = teacher
         network: Any = teacher.network
@@ -103,9 +110,12 @@ class SetDistillation(nn.Module):
         self.min_score = min_score
         self.weights = weights
 
+    def _ask(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return self._teacher(network_images(batch["image"], self.mean, self.std, batch.get("mask")))
+
     def forward(self, module: Any, batch: dict[str, Any], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weighted `class`, `bbox` and `giou` of the last layer, per box that the teacher found."""
-        wanted = self._teacher(network_images(batch["image"], self.mean, self.std, batch.get("mask")))
+        wanted = self._teacher.once(batch["image"], lambda: self._ask(batch))
         probabilities, boxes = wanted["logits"].float().sigmoid(), wanted["boxes"].float()
         best, labels = probabilities.max(dim=-1)  # (batch, queries)
         found = [scores > self.min_score for scores in best]
@@ -116,12 +126,12 @@ class SetDistillation(nn.Module):
         )
         soft = pad_sequence([p[kept] for p, kept in zip(probabilities, found, strict=True)], batch_first=True)
         logits, own = outputs["logits"].float()[None], outputs["boxes"].float()[None]  # one layer
-        matches = match(matching_costs(logits, own, targets, module.criterion.costs), targets.counts)
-        matched = logits[matches.layer, matches.image, matches.query]  # (pairs, classes)
+        assignment = assign(assignment_costs(logits, own, targets, module.criterion.costs), targets.counts)
+        matched = logits[assignment.layer, assignment.image, assignment.query]  # (pairs, classes)
         classes = F.binary_cross_entropy_with_logits(
-            matched, soft[matches.image, matches.object], reduction="sum"
+            matched, soft[assignment.image, assignment.object], reduction="sum"
         )
-        distance, giou = box_losses(own, targets, matches)
+        distance, giou = box_losses(own, targets, assignment)
         count = mean_object_count(sum(targets.counts), logits.device)
         terms = {"class": classes, "bbox": distance.sum(), "giou": giou.sum()}
         return {name: self.weights[name] * value / count for name, value in terms.items()}

@@ -1,31 +1,33 @@
-"""The frozen teacher: how it is built, what it sees, and what it answers."""
+"""The frozen classifier as a teacher: how it is built, what it sees, and what it answers."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
+from callbacks.distillation.base import FrozenTeacher
 from callbacks.distillation.functional import full_precision
 from callbacks.distillation.taps import Features, NetworkTaps
-from lightning_modules.parts.finite import FiniteGuard
-from lightning_modules.parts.frozen import FrozenNetwork, weights_digest
+from lightning_modules.parts.normalize import (
+    Statistics,
+    knows_statistics,
+    normalized,
+    trained_statistics,
+)
 from lightning_modules.parts.students import from_timm_065
 from lightning_modules.parts.weights import build_network, load_weights, read_checkpoint
 
 
-class FrozenTeacher(FrozenNetwork):
-    """A teacher, outside of every module tree, that answers each batch once however many criteria ask.
+class ClassifierTeacher(FrozenTeacher):
+    """A frozen classifier that hands out features of its stages beside the logits.
 
     Args:
         network: gives logits (B, K) for normalised images (B, 3, H, W).
         name: of the architecture, for messages and checkpoints.
         taps: module paths of its four stage ends; None finds them.
-        statistics: (mean, std) of its own normalisation, three numbers each; None feeds it what the student
-            sees.
+        statistics: its own normalisation; None feeds it what the student sees.
     """
 
     def __init__(
@@ -33,59 +35,33 @@ class FrozenTeacher(FrozenNetwork):
         network: nn.Module,
         name: str,
         taps: list[str] | None = None,
-        statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
-        super().__init__(network)
-        self.name = name
+        super().__init__(network, name)
         self.taps = NetworkTaps(network, taps, f"teacher {name}")
-        self.digest = weights_digest(network)
-        self._finite = FiniteGuard()
         self._statistics = statistics
-        self._images: Tensor | None = None
-        self._features: Features | None = None
 
     def features(self, images: Tensor, normalize: Callable[[Tensor], Tensor]) -> Features:
-        """What the teacher says of a batch; the same batch asked again is not computed again.
-
-        The forward pass runs in inference mode under the run's autocast. The features handed out are copies
-        that autograd may save.
+        """What the teacher says of a batch: copies that autograd may save.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
             normalize: what the student does to them; not called for a teacher with statistics of its own.
         """
-        if self._images is images and self._features is not None:
-            return self._features
-        with torch.inference_mode():
-            raw = self(self._normalize(images) if self._statistics else normalize(images))
-        found = self.taps.collect(raw)
-        penultimate = None if found.penultimate is None else found.penultimate.clone()
-        stages = {stage: feature.clone() for stage, feature in found.stages.items()}
-        self._features = Features(full_precision(found.logits.clone()), stages, penultimate)
-        self._images = images
-        self._finite.watch({"logits": self._features.logits.abs().max()}, 0, self.name)
-        return self._features
+        return self.once(images, lambda: self._ask(images, normalize))
 
-    def verify(self, step: int) -> None:
-        """Refuse the last logits if they are not finite; the device is waited for only now.
-
-        Raises:
-            RuntimeError: names the teacher and the step.
-        """
-        try:
-            self._finite.verify()
-        except RuntimeError as error:
-            raise RuntimeError(f"The teacher {self.name} gave non-finite logits at step {step}.") from error
+    def _ask(self, images: Tensor, normalize: Callable[[Tensor], Tensor]) -> Features:
+        own = self._statistics
+        logits = self(normalize(images) if own is None else normalized(images, own.mean, own.std))
+        recorded = self.taps.collect(logits)
+        penultimate = None if recorded.penultimate is None else recorded.penultimate.clone()
+        stages = {stage: feature.clone() for stage, feature in recorded.stages.items()}
+        return Features(full_precision(logits), stages, penultimate)
 
     def forget(self) -> None:
         """Release the last batch and its features."""
-        self._images = self._features = None
-        self.taps.forget()
-
-    def _normalize(self, images: Tensor) -> Tensor:
-        assert self._statistics is not None
-        mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in self._statistics)
-        return (images - mean) / std
+        super().forget()
+        self.taps.clear()
 
 
 def build_teacher(
@@ -140,15 +116,14 @@ def _from_our_checkpoint(file: Path | None, teacher_args: dict[str, Any], role: 
     return network, parameters["model"]
 
 
-def own_statistics(network: nn.Module, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def own_statistics(network: nn.Module, name: str) -> Statistics:
     """Mean and standard deviation that a timm network was trained with.
 
     Raises:
         ValueError: it is no timm network.
     """
-    if not getattr(network, "pretrained_cfg", None):
+    if not knows_statistics(network):
         raise ValueError(
             f"renormalize_for_teacher: the teacher {name} does not say what normalisation it is used to."
         )
-    config = resolve_data_config(model=network)
-    return tuple(config["mean"]), tuple(config["std"])
+    return trained_statistics(network)

@@ -5,18 +5,17 @@ Stage features come in two layouts: maps (B, C, H, W) and tokens (B, L, D). Chan
 networks count as tokens (section 3.2 of the OFA-KD paper treats them so).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
-from weakref import ref
 
 import timm.models as zoo
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, nn
 
 from lightning_modules.parts.selection import match
+from lightning_modules.parts.taps import FeatureTaps
 
 STAGES = 4
 
@@ -182,12 +181,10 @@ def classifier_path(network: nn.Module, name: str = "network") -> str:
     )
 
 
-class NetworkTaps:
-    """Hooks on a network that record `Features` of its next forward pass.
+class NetworkTaps(FeatureTaps):
+    """A recorder of `Features`: it knows a network's stages and classifier, and their layouts.
 
-    Recording starts when the network's own forward starts and ends with `collect`, so that blocks which
-    gradient checkpointing runs again in the backward pass are not recorded twice, and nothing outlives its
-    step. Copies of the network (weight averaging) carry the hooks but record nothing.
+    Recording starts when the network's own forward starts and ends with `collect`, see `FeatureTaps`.
 
     Args:
         network: a timm network, or any with `paths` given.
@@ -203,17 +200,12 @@ class NetworkTaps:
         name: str = "network",
         training_only: bool = False,
     ) -> None:
+        super().__init__(network, each_pass=True, training_only=training_only)
         self.name = name
-        self.training_only = training_only
-        self._root = network
         self._given = list(paths) if paths is not None else None
         self._prefix_tokens = 0 if self._channels_last else int(getattr(network, "num_prefix_tokens", 0))
         self._has_class_token = bool(getattr(network, "has_class_token", self._prefix_tokens > 0))
-        self._paths: dict[int, str] = {}
-        self._recorded: dict[str, Tensor] = {}
-        self._recording = False
-        self._handles = [network.register_forward_pre_hook(self._start(network))]
-        self._watched: set[str] = set()
+        self._stages: dict[int, str] = {}
 
     @property
     def _channels_last(self) -> bool:
@@ -225,43 +217,20 @@ class NetworkTaps:
         Raises:
             ValueError: the network's stages or classifier cannot be found, or a path matches nothing.
         """
-        if stages and not self._paths:
+        if stages and not self._stages:
             paths = self._given if self._given is not None else stage_paths(self._root, self.name)
             known = [path for path, _ in self._root.named_modules() if path]
             for path in paths:
                 match(known, [path], f"{self.name}: taps")
-            self._paths = dict(enumerate(paths, start=1))
+            self._stages = dict(enumerate(paths, start=1))
         for stage in stages:
-            if stage not in self._paths:
+            if stage not in self._stages:
                 raise ValueError(
-                    f"{self.name}: stage {stage} has no tap; there are {len(self._paths)} stages."
+                    f"{self.name}: stage {stage} has no tap; there are {len(self._stages)} stages."
                 )
-            self._hook(f"stage{stage}", self._paths[stage], takes_input=False)
+            self.tap(self._stages[stage], f"stage{stage}")
         if penultimate:
-            self._hook("penultimate", classifier_path(self._root, self.name), takes_input=True)
-
-    def _hook(self, key: str, path: str, takes_input: bool) -> None:
-        if key in self._watched:
-            return
-        self._watched.add(key)
-        module = self._root.get_submodule(path)
-        expected = ref(module)
-
-        def hook(module: nn.Module, arguments: tuple, output: Any) -> None:
-            if self._recording and module is expected():
-                self._recorded.setdefault(key, arguments[0] if takes_input else output)
-
-        self._handles.append(module.register_forward_hook(hook))
-
-    def _start(self, network: nn.Module) -> Callable[[nn.Module, tuple], None]:
-        expected = ref(network)
-
-        def hook(module: nn.Module, arguments: tuple) -> None:
-            if module is expected():
-                self._recorded = {}
-                self._recording = not self.training_only or (module.training and is_grad_enabled())
-
-        return hook
+            self.tap(classifier_path(self._root, self.name), "penultimate", takes_input=True)
 
     def collect(self, logits: Tensor) -> Features:
         """Features of the forward pass that has just ended, in their common layouts; forgets them here.
@@ -269,13 +238,13 @@ class NetworkTaps:
         Raises:
             RuntimeError: the network did not run, or not through the modules that are watched.
         """
-        recorded, self._recorded, self._recording = self._recorded, {}, False
-        lost = sorted(self._watched - set(recorded))
-        if lost:
-            raise RuntimeError(f"{self.name}: the last forward pass gave no {', '.join(lost)}.")
+        try:
+            recorded = self.take()
+        except RuntimeError as error:
+            raise RuntimeError(f"{self.name}: {error}") from None
         stages = {
             stage: self._common_layout(recorded[f"stage{stage}"])
-            for stage in sorted(self._paths)
+            for stage in sorted(self._stages)
             if f"stage{stage}" in recorded
         }
         penultimate = recorded["penultimate"].flatten(1) if "penultimate" in recorded else None
@@ -296,15 +265,6 @@ class NetworkTaps:
         late = isqrt(patches) ** 2 != patches and isqrt(feature.shape[1]) ** 2 == feature.shape[1]
         return 0 if late else self._prefix_tokens
 
-    @contextmanager
-    def always(self) -> Iterator[None]:
-        """Record in evaluation mode too."""
-        before, self.training_only = self.training_only, False
-        try:
-            yield
-        finally:
-            self.training_only = before
-
     def shapes(self, features: Features) -> FeatureShapes:
         """Shapes of features that `collect` gave."""
         stages = {
@@ -313,17 +273,3 @@ class NetworkTaps:
         }
         width = 0 if features.penultimate is None else features.penultimate.shape[1]
         return FeatureShapes(stages, width, features.logits.shape[1])
-
-    def forget(self) -> None:
-        """Drop what a forward pass recorded that nobody collected."""
-        self._recorded, self._recording = {}, False
-
-    def remove(self) -> None:
-        """Take every hook off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self.forget()
-
-    def __deepcopy__(self, memo: Mapping[int, Any]) -> "NetworkTaps":
-        return self

@@ -1,26 +1,25 @@
-"""DistillationTeacher: the callback that brings a teacher and one or several criteria into a run."""
+"""DistillationTeacher: the callback that brings a classifier as teacher, and criteria, into a run."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
+from callbacks.distillation.base import Teacher
 from callbacks.distillation.criterion import Criterion, TrainingSet
-from callbacks.distillation.frozen_teacher import FrozenTeacher, build_teacher, own_statistics
+from callbacks.distillation.frozen_teacher import ClassifierTeacher, build_teacher, own_statistics
 from callbacks.distillation.ofa import OFA
 from callbacks.distillation.taps import FeatureShapes, NetworkTaps
-from callbacks.objective import ObjectiveCallback
 from lightning_modules.base import Method
+from lightning_modules.parts.frozen import evaluating
 
 
-class DistillationTeacher(ObjectiveCallback):
+class DistillationTeacher(Teacher):
     """Distils a frozen teacher into the run's classifier; the student itself stays as it is.
 
     Adds the criteria's terms to the module's own loss (whose share is `model.init_args.loss_weight`). Student
@@ -84,40 +83,58 @@ class DistillationTeacher(ObjectiveCallback):
         self.image_size = image_size
         self.student_taps = student_taps
         self.teacher_taps = teacher_taps
-        self._frozen: FrozenTeacher | None = None
         self._taps: NetworkTaps | None = None
-
-    @property
-    def frozen(self) -> FrozenTeacher:
-        """The teacher, once `setup` has built it.
-
-        Raises:
-            RuntimeError: it has not.
-        """
-        if self._frozen is None:
-            raise RuntimeError(f"DistillationTeacher[{self.name}] has no teacher before `setup`.")
-        return self._frozen
 
     # Building
 
+    def student(self, module: LightningModule) -> nn.Module:
+        """The module's classifier."""
+        network = getattr(module, "network", None)
+        if not isinstance(network, nn.Module) or not hasattr(module, "normalize"):
+            raise MisconfigurationException(
+                f"DistillationTeacher distils into classifiers: {type(module).__name__} has no `network` and "
+                "`normalize`, as ImageClassifier has."
+            )
+        return network
+
+    def build_teacher(self, module: LightningModule) -> ClassifierTeacher:
+        """The teacher of timm, of a file or of the user."""
+        network, name = build_teacher(self.teacher, self.weights, self.teacher_args, _class_count(module))
+        statistics = own_statistics(network, name) if self.renormalize_for_teacher else None
+        frozen = ClassifierTeacher(network, name, self.teacher_taps, statistics)
+        if self.compile_teacher:
+            network.compile()
+        return frozen
+
+    @property
+    def source(self) -> tuple[Any, ...]:
+        """Network, weights, and how the teacher is asked."""
+        teacher = id(self.teacher) if isinstance(self.teacher, nn.Module) else self.teacher
+        options = (self.renormalize_for_teacher, self.compile_teacher, repr(self.teacher_taps))
+        return (teacher, str(self.weights), repr(self.teacher_args), *options)
+
+    @property
+    def frozen(self) -> ClassifierTeacher:
+        """The teacher, once `setup` has built it."""
+        frozen = super().frozen
+        assert isinstance(frozen, ClassifierTeacher)
+        return frozen
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Build what is not built yet, and hook the student."""
-        if stage == "fit":
-            student = _student(pl_module)
-            with torch.random.fork_rng(devices=[]):  # nobody else's draws may depend on the teacher
-                if self._frozen is None:
-                    self._frozen = self._shared_teacher(trainer) or self._own_teacher(pl_module)
-                self._frozen.taps.watch(self._needed("teacher_stages"), self._penultimate)
-                self._taps = NetworkTaps(student, self.student_taps, "student", training_only=True)
-                self._taps.watch(self._needed("stages"), self._penultimate)
-                super().setup(trainer, pl_module, stage)
-            self.objective.bind(self._taps, self._frozen)
-            self._keep_from_ddp(pl_module)
+        """Hook the student, and build what is not built yet."""
+        if stage != "fit":
+            return
+        self._taps = NetworkTaps(self.student(pl_module), self.student_taps, "student", training_only=True)
+        self._taps.watch(self._needed("stages"), self._penultimate)
+        super().setup(trainer, pl_module, stage)
+        self.objective.bind(self._taps, self.frozen)
+        self._keep_from_ddp(pl_module)
 
     def build_objective(self, trainer: Trainer, module: Method) -> nn.Module:
         """The criteria, built for the shapes that a dry run finds."""
         assert self._taps is not None
-        student, teacher = _student(module), self.frozen.network
+        student, teacher = self.student(module), self.frozen.network
+        self.frozen.taps.watch(self._needed("teacher_stages"), self._penultimate)
         size = self.image_size or _image_size(trainer, student)
         _check_fixed_size(teacher, self.frozen.name, size)
         student_shapes = _dry_run(student, self._taps, size)
@@ -145,28 +162,6 @@ class DistillationTeacher(ObjectiveCallback):
     def _penultimate(self) -> bool:
         return any(criterion.penultimate for criterion in self.criteria)
 
-    def _shared_teacher(self, trainer: Trainer) -> FrozenTeacher | None:
-        for other in getattr(trainer, "callbacks", []):
-            built = isinstance(other, DistillationTeacher) and other._frozen is not None
-            if built and other._source == self._source:
-                rank_zero_info(f"'{self.name}' and '{other.name}' share the teacher {other.frozen.name}.")
-                return other._frozen
-        return None
-
-    @property
-    def _source(self) -> tuple[Any, ...]:
-        teacher = id(self.teacher) if isinstance(self.teacher, nn.Module) else self.teacher
-        options = (self.renormalize_for_teacher, self.compile_teacher, repr(self.teacher_taps))
-        return (teacher, str(self.weights), repr(self.teacher_args), *options)
-
-    def _own_teacher(self, module: LightningModule) -> FrozenTeacher:
-        network, name = build_teacher(self.teacher, self.weights, self.teacher_args, _class_count(module))
-        statistics = own_statistics(network, name) if self.renormalize_for_teacher else None
-        frozen = FrozenTeacher(network, name, self.teacher_taps, statistics)
-        if self.compile_teacher:
-            network.compile()
-        return frozen
-
     def _keep_from_ddp(self, module: LightningModule) -> None:
         """Banks that every rank updates alike need no broadcast in every step."""
         if not any(criterion.unsynchronised_buffers() for criterion in self.criteria):
@@ -182,78 +177,36 @@ class DistillationTeacher(ObjectiveCallback):
     # The run
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the teacher to the run's device and precision."""
-        student = _student(pl_module)
-        dtype = next((p.dtype for p in student.parameters() if p.is_floating_point()), None)
-        self.frozen.to(pl_module.device, dtype)
+        """Bring the teacher to the run's device and precision, and the criteria's banks to one state."""
+        super().on_fit_start(trainer, pl_module)
         for criterion in self.criteria:
             criterion.synchronise()
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The teacher must still be in eval mode.
-
-        Raises:
-            RuntimeError: something has put it in training mode.
-        """
-        if any(module.training for module in self.frozen.network.modules()):
-            raise RuntimeError(f"The teacher {self.frozen.name} was put in training mode.")
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop before the optimiser uses what a broken teacher said."""
-        self.frozen.verify(trainer.global_step)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Release the batch."""
-        self._forget()
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind: neither the batch nor hooks."""
-        self._forget()
+        super().on_exception(trainer, pl_module, exception)
         self._unhook()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the hooks off the student, and the teacher off the device."""
         super().teardown(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        self._forget()
-        self._unhook()
-        if self._frozen is not None:
-            self._frozen.to("cpu")
+        if stage == "fit":
+            self._unhook()
 
-    def _forget(self) -> None:
-        if self._frozen is not None:
-            self._frozen.forget()
+    def forget(self) -> None:
+        """Release the batch, the teacher's features and the student's."""
+        super().forget()
         if self._taps is not None:
-            self._taps.forget()
+            self._taps.clear()
 
     def _unhook(self) -> None:
         if self._taps is not None:
             self._taps.remove()
             self._taps = None
 
-    # Resuming
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must share: teacher, weights, and every criterion's settings."""
-        if self._frozen is None:
-            return {}
-        methods = {criterion.label: criterion.settings() for criterion in self.criteria}
-        return {"teacher": self._frozen.name, "digest": self._frozen.digest, "methods": methods}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare with the interrupted run.
-
-        Raises:
-            ValueError: teacher, weights, criteria or settings differ; names both.
-        """
-        own = self.state_dict()
-        for key, saved in state_dict.items():
-            if own and own[key] != saved:
-                raise ValueError(
-                    f"DistillationTeacher[{self.name}]: the checkpoint was trained with {key} {saved}, this "
-                    f"run has {key} {own[key]}. Resume with the same, or start anew from its weights."
-                )
+    def settings(self) -> dict[str, Any]:
+        """Every criterion's settings."""
+        return {"methods": {criterion.label: criterion.settings() for criterion in self.criteria}}
 
 
 class DistillationObjective(nn.Module):
@@ -265,13 +218,13 @@ class DistillationObjective(nn.Module):
     """
 
     _taps: NetworkTaps
-    _teacher: FrozenTeacher
+    _teacher: ClassifierTeacher
 
     def __init__(self, criteria: list[Criterion]) -> None:
         super().__init__()
         self.criteria = nn.ModuleDict({criterion.label: criterion for criterion in criteria})
 
-    def bind(self, taps: NetworkTaps, teacher: FrozenTeacher) -> None:
+    def bind(self, taps: NetworkTaps, teacher: ClassifierTeacher) -> None:
         """Set where features come from."""
         self._taps = taps
         self._teacher = teacher
@@ -289,16 +242,6 @@ class DistillationObjective(nn.Module):
                 alone = len(self.criteria) == 1 or term == label
                 terms[term if alone else f"{label}_{term}"] = value
         return terms
-
-
-def _student(module: LightningModule) -> nn.Module:
-    network = getattr(module, "network", None)
-    if not isinstance(network, nn.Module) or not hasattr(module, "normalize"):
-        raise MisconfigurationException(
-            f"DistillationTeacher distils into classifiers: {type(module).__name__} has no `network` and "
-            "`normalize`, as ImageClassifier has."
-        )
-    return network
 
 
 def _class_count(module: LightningModule) -> int:
@@ -349,19 +292,8 @@ def _dry_run(network: nn.Module, taps: NetworkTaps, size: int) -> FeatureShapes:
     """Shapes at the taps for a black image; neither batch statistics nor modes nor random state change."""
     parameter = next(network.parameters())
     images = parameter.new_zeros(1, 3, size, size)
-    with _in_eval_mode(network), taps.always(), torch.compiler.set_stance("force_eager"):
+    with evaluating(network), taps.always(), torch.compiler.set_stance("force_eager"):
         return taps.shapes(taps.collect(network(images)))
-
-
-@contextmanager
-def _in_eval_mode(network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _training_set(trainer: Trainer) -> TrainingSet:

@@ -12,9 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from callbacks.distillation.cka import MinibatchCKA
-from callbacks.distillation.frozen_teacher import build_teacher, own_statistics
+from callbacks.distillation.frozen_teacher import build_teacher
 from callbacks.run.directory import replaced_atomically, run_directory
 from lightning_modules.parts.frozen import FrozenNetwork
+from lightning_modules.parts.normalize import knows_statistics, normalized, trained_statistics
 from lightning_modules.parts.taps import FeatureTaps
 
 _SMALLEST_BATCH = 4  # of the unbiased estimate
@@ -78,8 +79,7 @@ class CKAAnalysis(Callback):
         network, label = build_teacher(
             self.network, self.weights, self.network_args, classes, type(self).__name__
         )
-        statistics = own_statistics(network, label) if getattr(network, "pretrained_cfg", None) else None
-        self._statistics = statistics
+        self._statistics = trained_statistics(network) if knows_statistics(network) else None
         self._other = FrozenNetwork(network).to(pl_module.device)
         self._taps = FeatureTaps(own, self.layers or block_paths(own))
         self._other_taps = FeatureTaps(network, self.other_layers or block_paths(network))
@@ -146,8 +146,7 @@ class CKAAnalysis(Callback):
     def _normalize(self, images: Tensor, module: LightningModule) -> Tensor:
         if self._statistics is None:
             return module.normalize(images)  # type: ignore[operator]
-        mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in self._statistics)
-        return (images - mean) / std
+        return normalized(images, self._statistics.mean, self._statistics.std)
 
     def _unhook(self) -> None:
         for taps in (self._taps, self._other_taps):

@@ -1,12 +1,11 @@
 """What a network costs: parameters, non-zeros, MACs, bytes, time; measured on what was tested."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -14,7 +13,16 @@ from torch import Tensor, nn
 from callbacks.measure.macs import count_macs
 from callbacks.measure.timing import Budget, BudgetBar, time_calls
 from callbacks.run.device import device_name
-from lightning_modules.parts.inference import InferencePath, evaluating, inputs_of, repeat_to, student_of
+from lightning_modules.parts.frozen import evaluating
+from lightning_modules.parts.inference import (
+    InferencePath,
+    InferenceSpec,
+    inputs_of,
+    repeat_to,
+    spec_of,
+    student_of,
+)
+from lightning_modules.parts.strategies import is_sharded
 
 
 class EfficiencyReport(Callback):
@@ -33,14 +41,14 @@ class EfficiencyReport(Callback):
     * `bytes_on_disk`: the dense state dict as `torch.save` writes it (serialised and counted, not kept).
     * `bits_per_weight`: mean over the weights; a quantized layer states its own in an attribute
       `weight_bits`, for others it is the data type's.
-    * `latency_...`: a batch of 1. `throughput_...`: a batch of `batch_size`. Both on the run's device in the
-      run's precision, after a warm-up; the median of the repeats, for the latency also the 10th and 90th
-      percentile.
+    * `latency_...`: a batch of 1. `throughput_<unit>_per_second`: a batch of `batch_size`, in images, tokens
+      or what else the module declares, see `InferenceSpec`. Both on the run's device in the run's precision,
+      after a warm-up; the median of the repeats, for the latency also the 10th and 90th percentile.
 
     Args:
         input_size: (channels, height, width) of a random input to measure with; None takes the first batch.
         latency: whether to measure latency and throughput, which takes up to `max_seconds`.
-        batch_size: images in a batch for the throughput; the first batch is repeated to fill it.
+        batch_size: inputs in a batch for the throughput; the first batch is repeated to fill it.
         repeats: most timed calls for each of the two.
         warmup: most calls before the clock counts.
         max_seconds: time for both together. One warm-up and one timed call of each are made in any case.
@@ -68,7 +76,7 @@ class EfficiencyReport(Callback):
         self.repeats = repeats
         self.warmup = warmup
         self.max_seconds = max_seconds
-        self._inputs: tuple[Tensor, ...] | None = None
+        self._inputs: dict[str, Tensor] | None = None
 
     # Catching the first batch
 
@@ -100,13 +108,13 @@ class EfficiencyReport(Callback):
                     f"({type(batch).__name__}): set its `input_size`, or give {type(module).__name__} a "
                     "method `inference_inputs(batch)`."
                 )
-            self._inputs = tuple(tensor[: self.batch_size].detach().clone() for tensor in inputs)
+            self._inputs = {name: t[: self.batch_size].detach().clone() for name, t in inputs.items()}
 
     # Reporting
 
     def results(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Measure on rank 0; empty on the other ranks, and where no batch was seen."""
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        if is_sharded(trainer.strategy):
             rank_zero_warn("EfficiencyReport measures no sharded network: test the checkpoint on one device.")
             return {}
         report = self._measure(trainer, module) if trainer.is_global_zero else {}
@@ -118,13 +126,13 @@ class EfficiencyReport(Callback):
         inputs = self._inputs
         if self.input_size is not None:
             generator = torch.Generator().manual_seed(0)  # the run's own random state stays untouched
-            inputs = (torch.rand(1, *self.input_size, generator=generator).to(module.device),)
+            inputs = {"images": torch.rand(1, *self.input_size, generator=generator).to(module.device)}
         if inputs is None:
             return {}
         path = InferencePath(module)
         with evaluating(path), torch.no_grad():
             report = size_of(module)
-            first = tuple(_as_parameters(tensor[:1], path) for tensor in inputs)
+            first = tuple(_as_parameters(tensor[:1], path) for tensor in inputs.values())
             macs = count_macs(path, *first, weights=weights_of(student_of(module)))
             report["macs"] = macs.total
             report["theoretical_sparse_macs"] = macs.theoretical_sparse
@@ -132,15 +140,18 @@ class EfficiencyReport(Callback):
                 report["macs_uncounted_operators"] = ", ".join(macs.uncounted)
             report["input"] = ", ".join("x".join(map(str, tensor.shape)) for tensor in first)
             if self.latency:
-                report |= self._time(trainer, path, inputs)
+                report |= self._time(trainer, path, inputs, spec_of(module, inputs))
         return report
 
-    def _time(self, trainer: Trainer, path: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+    def _time(
+        self, trainer: Trainer, path: nn.Module, inputs: Mapping[str, Tensor], spec: InferenceSpec
+    ) -> dict[str, Any]:
         """Latency and throughput in the run's own precision."""
-        inputs = tuple(trainer.precision_plugin.convert_input(tensor) for tensor in inputs)
-        device = inputs[0].device
-        single = tuple(tensor[:1] for tensor in inputs)
-        batch = tuple(repeat_to(tensor, self.batch_size) for tensor in inputs)
+        inputs = {name: trainer.precision_plugin.convert_input(tensor) for name, tensor in inputs.items()}
+        device = next(iter(inputs.values())).device
+        single = [tensor[:1] for tensor in inputs.values()]
+        filled = {name: repeat_to(tensor, self.batch_size) for name, tensor in inputs.items()}
+        batch = list(filled.values())
         budget = Budget(self.warmup, self.repeats, self.max_seconds / 2)
         shown = trainer.progress_bar_callback is not None
         with (
@@ -154,7 +165,7 @@ class EfficiencyReport(Callback):
             "latency_p10_seconds": one.p10,
             "latency_p90_seconds": one.p90,
             "latency_repeats": one.repeats,
-            "throughput_images_per_second": self.batch_size / many.median,
+            f"throughput_{spec.unit}_per_second": spec.units(filled) / many.median,
             "throughput_batch": self.batch_size,
             "throughput_repeats": many.repeats,
             "device": device_name(device),

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, cast, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -21,8 +20,7 @@ from callbacks.pruning.report import layer_table, plot_layers, plot_schedule, su
 from callbacks.pruning.schedules import Timetable
 from callbacks.pruning.tensors import owning_optimizer, prunable_modules
 from callbacks.run.directory import run_directory
-
-_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+from lightning_modules.parts.strategies import is_sharded
 
 
 class PruningCallback(Callback, ABC):
@@ -168,7 +166,7 @@ class PruningCallback(Callback, ABC):
         """Select the weights, in `fit` only."""
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, _SHARDED):
+        if is_sharded(trainer.strategy):
             raise MisconfigurationException(
                 f"{type(self).__name__} needs whole weights, and {type(trainer.strategy).__name__} shards "
                 "them: use strategy ddp, or one device."

@@ -22,6 +22,7 @@ from callbacks.quantization.report import describe
 from callbacks.quantization.scheme import Scheme, resolve_schemes
 from callbacks.run.directory import announce, run_directory, write_json
 from lightning_modules.language_model import CausalLanguageModel, TokenLikelihood, token_nll
+from lightning_modules.parts.strategies import is_sharded
 
 Export = Literal["none", "dense", "compressed-tensors", "both"]
 
@@ -105,7 +106,7 @@ class QuantizationCallback(Callback, ABC):
         """Find every mistake before anything is computed."""
         if stage == "fit" or self._done:
             return
-        if type(trainer.strategy).__name__ in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
+        if is_sharded(trainer.strategy):
             raise MisconfigurationException(
                 f"{type(self).__name__} needs whole weights on each rank; "
                 f"{type(trainer.strategy).__name__} shards "

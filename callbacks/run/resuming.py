@@ -14,6 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed
 
+from lightning_modules.parts.strategies import is_sharded
+
 Counters = dict[str, Any]
 """State of one of Lightning's progress trackers: "total" and "current", each with "ready", "started", ..."""
 
@@ -167,7 +169,7 @@ def _accumulated_gradients(trainer: Trainer, module: LightningModule) -> dict[st
     epoch_done = progress["is_last_batch"] and processed == progress["current"]["ready"]
     if not module.automatic_optimization or not waiting or epoch_done:
         return {}
-    if type(trainer.strategy).__name__ in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
+    if is_sharded(trainer.strategy):
         rank_zero_warn(
             f"This checkpoint is written after {waiting} of {trainer.accumulate_grad_batches} batches "
             "(accumulate_grad_batches), and their gradients are sharded: a run resumed from it loses them."

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, distributed
+from torch import Tensor
 
 from lightning_modules.deco.boxes import Detections
+from lightning_modules.parts.distributed import computed_once
 
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """COCO's twelve numbers in their order: precision at all and at single IoUs and by size, and recall."""
@@ -63,20 +64,7 @@ class CocoEvaluation:
 
         To be called on every rank. The images are kept until `reset`.
         """
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return coco_statistics(self._images)
-        first = distributed.get_rank() == 0
-        parts: list[Any] | None = [None] * distributed.get_world_size() if first else None
-        distributed.gather_object(self._images, parts)
-        result: list[dict[str, float] | None] = [None]
-        if parts is not None:
-            images: dict[int, Any] = {}
-            for part in parts:
-                images = {**part, **images}
-            result = [coco_statistics(images)]
-        distributed.broadcast_object_list(result)
-        assert result[0] is not None
-        return result[0]
+        return computed_once(self._images, coco_statistics)
 
 
 def coco_statistics(

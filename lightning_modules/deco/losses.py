@@ -1,4 +1,4 @@
-"""Matching and losses of DECO and DECO+, for all layers and images at once.
+"""Assignment and losses of DECO and DECO+, for all layers and images at once.
 
 Outputs of L layers are stacked: logits (L, B, Q, C) and boxes (L, B, Q, 4) as normalised (cx, cy, w, h).
 """
@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import sigmoid_focal_loss
 
 from lightning_modules.deco.boxes import iou_and_giou, to_corners
+from lightning_modules.parts.distributed import mean_over_ranks
 
 
 class Targets(NamedTuple):
@@ -27,7 +28,7 @@ class Targets(NamedTuple):
     """Objects of each image."""
 
 
-class Matches(NamedTuple):
+class Assignment(NamedTuple):
     """Matched pairs of queries and objects, four index vectors of one length, sorted by layer and image."""
 
     layer: Tensor
@@ -57,11 +58,11 @@ def pad_targets(labels: Sequence[Tensor], boxes: Sequence[Tensor], num_classes: 
     return Targets(padded, pad_sequence(list(boxes), batch_first=True), [len(image) for image in labels])
 
 
-# Matching
+# Assignment
 
 
 @torch.no_grad()
-def matching_costs(
+def assignment_costs(
     logits: Tensor,
     boxes: Tensor,
     targets: Targets,
@@ -89,7 +90,7 @@ def matching_costs(
     return weights[0] * (positive - negative) + weights[1] * distance - weights[2] * giou
 
 
-def match(costs: Tensor, counts: Sequence[int]) -> Matches:
+def assign(costs: Tensor, counts: Sequence[int]) -> Assignment:
     """The cheapest assignment in each layer and image; min(Q, n) pairs where there are n objects.
 
     Args:
@@ -110,41 +111,41 @@ def match(costs: Tensor, counts: Sequence[int]) -> Matches:
             pairs[0], pairs[1] = layer, image
             pairs[2], pairs[3] = torch.from_numpy(queries), torch.from_numpy(objects)
             rows.append(pairs)
-    return Matches(*torch.cat(rows, dim=1).to(device, non_blocking=True))
+    return Assignment(*torch.cat(rows, dim=1).to(device, non_blocking=True))
 
 
 def mean_object_count(count: int, device: torch.device) -> Tensor:
     """Objects a rank, averaged over all ranks and at least one: what every loss is divided by."""
-    total = torch.tensor(float(count), device=device)
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(total)
-        total = total / distributed.get_world_size()
-    return total.clamp(min=1)
+    return mean_over_ranks(torch.tensor(float(count), device=device)).clamp(min=1)
 
 
 # Losses
 
 
-def focal_loss(logits: Tensor, targets: Targets, matches: Matches, alpha: float, gamma: float) -> Tensor:
+def focal_loss(
+    logits: Tensor, targets: Targets, assignment: Assignment, alpha: float, gamma: float
+) -> Tensor:
     """Sigmoid focal loss over all queries and classes, summed for each layer: (L,)."""
     wanted = torch.zeros_like(logits)
-    labels = targets.labels[matches.image, matches.object]
-    wanted[matches.layer, matches.image, matches.query, labels] = 1
+    labels = targets.labels[assignment.image, assignment.object]
+    wanted[assignment.layer, assignment.image, assignment.query, labels] = 1
     return sigmoid_focal_loss(logits, wanted, alpha, gamma).sum(dim=(1, 2, 3))
 
 
 def varifocal_loss(
-    logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches, alpha: float, gamma: float
+    logits: Tensor, boxes: Tensor, targets: Targets, assignment: Assignment, alpha: float, gamma: float
 ) -> Tensor:
     """Varifocal loss (Zhang et al. 2021), summed for each layer: (L,).
 
     The target of a matched query at its object's class is the IoU q of its box; everything else has target 0
     and weight alpha * p^gamma.
     """
-    labels = targets.labels[matches.image, matches.object]
-    place = (matches.layer, matches.image, matches.query, labels)
-    predicted = boxes.detach()[matches.layer, matches.image, matches.query]
-    iou, _ = iou_and_giou(to_corners(predicted), to_corners(targets.boxes[matches.image, matches.object]))
+    labels = targets.labels[assignment.image, assignment.object]
+    place = (assignment.layer, assignment.image, assignment.query, labels)
+    predicted = boxes.detach()[assignment.layer, assignment.image, assignment.query]
+    iou, _ = iou_and_giou(
+        to_corners(predicted), to_corners(targets.boxes[assignment.image, assignment.object])
+    )
     wanted = torch.zeros_like(logits)
     wanted[place] = iou
     weight = alpha * logits.detach().sigmoid() ** gamma
@@ -152,18 +153,18 @@ def varifocal_loss(
     return F.binary_cross_entropy_with_logits(logits, wanted, weight, reduction="none").sum(dim=(1, 2, 3))
 
 
-def box_losses(boxes: Tensor, targets: Targets, matches: Matches) -> tuple[Tensor, Tensor]:
+def box_losses(boxes: Tensor, targets: Targets, assignment: Assignment) -> tuple[Tensor, Tensor]:
     """L1 distance and 1 - GIoU of the matched pairs, summed for each layer: two of (L,)."""
-    predicted = boxes[matches.layer, matches.image, matches.query]
-    wanted = targets.boxes[matches.image, matches.object]
+    predicted = boxes[assignment.layer, assignment.image, assignment.query]
+    wanted = targets.boxes[assignment.image, assignment.object]
     distance = (predicted - wanted).abs().sum(dim=-1)
     _, giou = iou_and_giou(to_corners(predicted), to_corners(wanted))
     zeros = boxes.new_zeros(len(boxes))
-    return zeros.index_add(0, matches.layer, distance), zeros.index_add(0, matches.layer, 1 - giou)
+    return zeros.index_add(0, assignment.layer, distance), zeros.index_add(0, assignment.layer, 1 - giou)
 
 
 class SetCriterion(nn.Module):
-    """Matches queries with objects and gives the weighted losses of every layer.
+    """Assigns objects to queries and gives the weighted losses of every layer.
 
     Args:
         cost_class: weight of the class cost in the matching.
@@ -199,31 +200,33 @@ class SetCriterion(nn.Module):
         self.gamma = gamma
         self.auxiliary = auxiliary
 
-    def classification(self, logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches) -> Tensor:
+    def classification(
+        self, logits: Tensor, boxes: Tensor, targets: Targets, assignment: Assignment
+    ) -> Tensor:
         """The classification loss of each layer, summed over images: (L,)."""
         raise TypeError(f"{type(self).__name__} is abstract: use FocalCriterion or VarifocalCriterion.")
 
-    def match(self, outputs: Mapping[str, Tensor], targets: Targets) -> Matches:
+    def assign(self, outputs: Mapping[str, Tensor], targets: Targets) -> Assignment:
         """The cheapest assignment of every supervised layer, the last layer last."""
         logits, boxes = self.stacked(outputs)
-        costs = matching_costs(logits, boxes, targets, self.costs, self.alpha, self.gamma)
-        return match(costs, targets.counts)
+        costs = assignment_costs(logits, boxes, targets, self.costs, self.alpha, self.gamma)
+        return assign(costs, targets.counts)
 
     def forward(
-        self, outputs: Mapping[str, Tensor], targets: Targets, matches: Matches | None = None
+        self, outputs: Mapping[str, Tensor], targets: Targets, assignment: Assignment | None = None
     ) -> dict[str, Tensor]:
         """Weighted terms: `loss_bbox` and so on for the last layer, with a suffix for each one before it.
 
         Args:
             outputs: of a `DetectionNetwork`.
             targets: of the batch.
-            matches: what `match` gave for them; None makes them here.
+            assignment: what `assign` gave for them; None makes them here.
         """
-        matches = self.match(outputs, targets) if matches is None else matches
+        assignment = self.assign(outputs, targets) if assignment is None else assignment
         logits, boxes = self.stacked(outputs)
         count = mean_object_count(sum(targets.counts), logits.device)
-        classes = self.classification(logits, boxes, targets, matches)
-        distance, giou = box_losses(boxes, targets, matches)
+        classes = self.classification(logits, boxes, targets, assignment)
+        distance, giou = box_losses(boxes, targets, assignment)
         sums = dict(zip(self.weights, (classes, distance, giou), strict=True))
         terms: dict[str, Tensor] = {}
         for layer in range(len(logits)):
@@ -263,9 +266,11 @@ class FocalCriterion(SetCriterion):
             cost_class, cost_bbox, cost_giou, class_weight, bbox_weight, giou_weight, alpha, gamma, auxiliary
         )
 
-    def classification(self, logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches) -> Tensor:
+    def classification(
+        self, logits: Tensor, boxes: Tensor, targets: Targets, assignment: Assignment
+    ) -> Tensor:
         """See `focal_loss`."""
-        return focal_loss(logits, targets, matches, self.alpha, self.gamma)
+        return focal_loss(logits, targets, assignment, self.alpha, self.gamma)
 
 
 class VarifocalCriterion(SetCriterion):
@@ -295,19 +300,21 @@ class VarifocalCriterion(SetCriterion):
         )
         self.vfl_alpha = vfl_alpha
 
-    def classification(self, logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches) -> Tensor:
+    def classification(
+        self, logits: Tensor, boxes: Tensor, targets: Targets, assignment: Assignment
+    ) -> Tensor:
         """See `varifocal_loss`."""
-        return varifocal_loss(logits, boxes, targets, matches, self.vfl_alpha, self.gamma)
+        return varifocal_loss(logits, boxes, targets, assignment, self.vfl_alpha, self.gamma)
 
 
 @torch.no_grad()
-def matching_errors(logits: Tensor, targets: Targets, matches: Matches) -> dict[str, Tensor]:
+def assignment_errors(logits: Tensor, targets: Targets, assignment: Assignment) -> dict[str, Tensor]:
     """What the authors log beside the losses, for the last layer.
 
     Args:
         logits: of the last layer, (B, Q, C).
         targets: of the batch.
-        matches: of all layers; those of the last one are read.
+        assignment: of all layers; those of the last one are read.
 
     Returns:
         `class_error`: per cent of the matched queries whose most probable class is wrong (100 where
@@ -316,7 +323,7 @@ def matching_errors(logits: Tensor, targets: Targets, matches: Matches) -> dict[
     """
     best = logits.argmax(dim=-1)  # (B, Q)
     pairs = sum(min(best.shape[1], count) for count in targets.counts)
-    image, query, place = (matches[axis][len(matches.image) - pairs :] for axis in (1, 2, 3))
+    image, query, place = (assignment[axis][len(assignment.image) - pairs :] for axis in (1, 2, 3))
     right = (best[image, query] == targets.labels[image, place]).float()
     counts = torch.tensor(targets.counts, device=best.device)
     objects = (best != logits.shape[-1] - 1).sum(dim=1)

@@ -17,12 +17,13 @@ from lightning_modules.deco.losses import (
     SetCriterion,
     Targets,
     VarifocalCriterion,
-    matching_errors,
+    assignment_errors,
     pad_targets,
 )
 from lightning_modules.deco.network import DetectionNetwork, network_images
 from lightning_modules.deco.plus import DecoPlus
 from lightning_modules.deco.released import load_backbone, load_detector
+from lightning_modules.parts.inference import InferenceSpec
 from lightning_modules.parts.normalize import register_normalization
 
 
@@ -50,6 +51,7 @@ class DecoDetector(Method):
 
     mean: Tensor
     std: Tensor
+    inference = InferenceSpec(outputs=("logits", "boxes"), unit="images")
 
     def __init__(
         self,
@@ -129,10 +131,10 @@ class DecoDetector(Method):
     def losses(self, outputs: dict[str, Tensor], batch: dict[str, Any]) -> Terms:
         """The criterion's terms; the share of wrong classes among the matched queries is logged beside."""
         targets = self._targets(batch)
-        matches = self.criterion.match(outputs, targets)
-        errors = matching_errors(outputs["logits"], targets, matches)
+        assignment = self.criterion.assign(outputs, targets)
+        errors = assignment_errors(outputs["logits"], targets, assignment)
         self.log_dict({f"train/{name}": value for name, value in errors.items()}, batch_size=1)
-        return self.criterion(outputs, targets, matches)
+        return self.criterion(outputs, targets, assignment)
 
     def _targets(self, batch: dict[str, Any]) -> Targets:
         boxes = [normalised(target["boxes"], target["size"]) for target in batch["targets"]]

@@ -20,6 +20,7 @@ from lightning_modules.deco.layers import (
     init_convnext,
     negative_bias,
 )
+from lightning_modules.parts.normalize import normalized
 
 
 class DetectionNetwork(nn.Module):
@@ -55,7 +56,7 @@ def network_images(images: Tensor, mean: Tensor, std: Tensor, mask: Tensor | Non
         std: (1, 3, 1, 1).
         mask: bool (batch, height, width), true for padding.
     """
-    images = (images - mean) / std
+    images = normalized(images, mean, std)
     return images if mask is None else images.masked_fill(mask[:, None], 0.0)
 
 

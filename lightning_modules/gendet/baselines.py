@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from lightning_modules.base import Terms
 from lightning_modules.gendet.detector import FakeDetector
-from lightning_modules.gendet.evaluation import first_of_each
+from lightning_modules.parts.distributed import rows_of_all_ranks
 from lightning_modules.parts.encoder import ImageEncoder
-from lightning_modules.parts.normalize import register_normalization
+from lightning_modules.parts.inference import InferenceSpec
+from lightning_modules.parts.normalize import normalized, register_normalization, trained_statistics
 from lightning_modules.parts.weights import build_network, load_weights
 
 
@@ -89,12 +89,19 @@ class CNNDetector(LogitDetector):
         if weights is not None and pretrained is None:
             load_weights(network, weights)
         self.network = network
-        statistics = resolve_data_config(model=network)
-        register_normalization(self, statistics["mean"], statistics["std"])
+        register_normalization(self, *trained_statistics(network))
 
     def inputs(self, batch: dict[str, Any]) -> Tensor:
         """Normalised images."""
-        return (batch["image"] - self.mean) / self.std
+        return self.normalize(batch["image"])
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] to what the network was made for; same shape."""
+        return normalized(images, self.mean, self.std)
+
+    def inference_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Images in [0, 1]: the inference path normalises them."""
+        return {"images": batch["image"]}
 
 
 class NearestNeighbors(FakeDetector):
@@ -112,6 +119,7 @@ class NearestNeighbors(FakeDetector):
 
     bank: Tensor
     bank_labels: Tensor
+    inference = InferenceSpec(outputs=("scores",), unit="images")
 
     def __init__(self, encoder: ImageEncoder, k: int = 1, standardize: bool = False) -> None:
         if k < 1:
@@ -123,6 +131,10 @@ class NearestNeighbors(FakeDetector):
         self.register_buffer("bank", torch.empty(0, encoder.width))
         self.register_buffer("bank_labels", torch.empty(0, dtype=torch.int64))
         self._found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def inference_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Features as they come: the module itself standardises them."""
+        return {"features": self.features(batch)}
 
     def configure_optimizers(self) -> Optimizer:
         """An optimiser that changes nothing and counts the steps."""
@@ -150,12 +162,10 @@ class NearestNeighbors(FakeDetector):
 
     def _gathered(self) -> tuple[Tensor, Tensor, Tensor]:
         """Index, features and labels of what all ranks have found, each image once, in order."""
-        index, features, labels = (torch.cat(parts) for parts in zip(*self._found, strict=True))
-        if self.trainer.world_size > 1:
-            parts: Any = self.all_gather((index, features, labels))  # (ranks, images, ...)
-            index, features, labels = (values.flatten(0, 1) for values in parts)
-        rows = first_of_each(index)
-        return index[rows], features[rows], labels[rows]
+        index, features, labels = rows_of_all_ranks(
+            *(torch.cat(parts) for parts in zip(*self._found, strict=True))
+        )
+        return index, features, labels
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """In the middle of the epoch: keep what was found."""

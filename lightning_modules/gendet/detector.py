@@ -16,6 +16,7 @@ from lightning_modules.gendet.evaluation import (
     unweighted_mean,
 )
 from lightning_modules.parts.encoder import ImageEncoder
+from lightning_modules.parts.inference import CLASSIFIER
 from lightning_modules.parts.weights import load_weights, read_checkpoint
 
 COLUMNS = ("ap", "accuracy", "calibrated_accuracy", "oracle_accuracy", "discrepancy_auc", "teacher_ap")
@@ -42,6 +43,7 @@ class FakeDetector(Method):
     threshold: Tensor
     feature_mean: Tensor
     feature_std: Tensor
+    inference = CLASSIFIER
 
     def __init__(self, encoder: ImageEncoder | None = None, standardize: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -81,24 +83,29 @@ class FakeDetector(Method):
     # Inputs
 
     def inputs(self, batch: dict[str, Any]) -> Tensor:
-        """Standardised features (batch, width), cached or computed now.
+        """Standardised features (batch, width); images for a detector that reads them itself."""
+        if self.encoder is None:
+            return batch["image"]
+        return (self.features(batch) - self.feature_mean) / self.feature_std
+
+    def features(self, batch: dict[str, Any]) -> Tensor:
+        """Features (batch, width) as the encoder gives them, cached or computed now.
 
         Raises:
             MisconfigurationException: cached features have another width than the encoder.
         """
-        if self.encoder is None:
-            return batch["image"]
+        assert self.encoder is not None
         features = batch["features"] if "features" in batch else self.encoder(batch["image"])
         if features.shape[1] != self.encoder.width:
             raise MisconfigurationException(
                 f"The features are {features.shape[1]} wide, but {self.encoder.model} gives "
                 f"{self.encoder.width}."
             )
-        return (features - self.feature_mean) / self.feature_std
+        return features
 
-    def inference_inputs(self, batch: dict[str, Any]) -> tuple[Tensor]:
+    def inference_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What `network` takes: the efficiency report measures what lies behind the encoder."""
-        return (self.inputs(batch),)
+        return {"features": self.inputs(batch)}
 
     def setup(self, stage: str) -> None:
         """Refuse an encoder-less detector on cached features.

@@ -9,6 +9,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
+from lightning_modules.parts.distributed import first_of_each
+
 REAL, FAKE = 0, 1
 
 
@@ -55,14 +57,6 @@ class ScoreCollection(Metric):
         values = kept.pop("values")[rows]
         columns = {name: values[:, place] for place, name in enumerate(self._names)}
         return {**{name: column[rows] for name, column in kept.items()}, **columns}
-
-
-def first_of_each(index: Tensor) -> Tensor:
-    """Rows (distinct,) of the first occurrence of every value of `index` (rows,), by value."""
-    order = torch.argsort(index, stable=True)
-    first = torch.ones_like(order, dtype=torch.bool)
-    first[1:] = index[order][1:] != index[order][:-1]
-    return order[first]
 
 
 def _joined(state: Any) -> Tensor:

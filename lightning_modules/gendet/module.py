@@ -25,7 +25,8 @@ class GenDet(FakeDetector):
     """Detects generated images by where a student disagrees with its teacher (arXiv 2312.08880).
 
     The stage of an epoch is a pure function of its number, see `StageSchedule`; every stage trains one part
-    by its own optimiser, and `trainer.max_epochs` is the schedule's total. The validation score is the
+    by its own optimiser, and `trainer.max_epochs` is the schedule's total. Objectives are for one of these
+    optimisers, and join the loss of its stages. The validation score is the
     teacher's probability in teacher epochs, the squashed mean discrepancy in the rotations, and the
     classifier's probability from then on.
 
@@ -58,6 +59,7 @@ class GenDet(FakeDetector):
 
     network: GenDetNet
     stage_steps: Tensor
+    optimizer_names = ("teacher", "student", "augmenter", "classifier")
 
     def __init__(
         self,
@@ -146,23 +148,18 @@ class GenDet(FakeDetector):
     # Training
 
     def configure_optimizers(self) -> list[Optimizer]:
-        """Four optimisers, for {embed, teacher, teacher head}, student, augmenter and classifier.
-
-        Raises:
-            MisconfigurationException: an objective is attached: no stage would train it.
+        """Four optimisers, for {embed, teacher, teacher head}, student, augmenter and classifier; each also
+        trains the parameters of its objectives.
         """
-        if self.objectives:
-            raise MisconfigurationException(
-                f"GenDet trains by stages and has no place for objectives; {list(self.objectives)} attached."
-            )
-        teacher = ("embed", "teacher", "teacher_head")
-        parts: tuple[tuple[str, ...], ...] = (teacher, ("student",), ("augmenter",), ("classifier",))
         optimizers = []
-        for names, rate in zip(parts, self.rates, strict=True):
+        for optimizer_name, rate in zip(self.optimizer_names, self.rates, strict=True):
+            names = ("embed", "teacher", "teacher_head") if optimizer_name == "teacher" else (optimizer_name,)
+            parts = {f"network.{name}": self.network.get_submodule(name) for name in names}
+            parts |= {f"objectives.{key}": part for key, part in self.objectives_for(optimizer_name).items()}
             named = [
-                (f"network.{name}.{key}", parameter)
-                for name in names
-                for key, parameter in self.network.get_submodule(name).named_parameters()
+                (f"{path}.{key}", parameter)
+                for path, part in parts.items()
+                for key, parameter in part.named_parameters()
             ]
             optimizer = self.build_optimizer(self.optimizer, named)
             for group in optimizer.param_groups:
@@ -176,7 +173,7 @@ class GenDet(FakeDetector):
         optimizers: Any = self.optimizers()
         optimizer = optimizers[OPTIMIZERS[stage]]
         self.toggle_optimizer(optimizer)
-        loss = self.total_loss(self.compute(batch), batch, batch_idx)
+        loss = self.total_loss(self.compute(batch), batch, batch_idx, self.optimizer_names[OPTIMIZERS[stage]])
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
@@ -203,7 +200,7 @@ class GenDet(FakeDetector):
         return {"teacher": network.teacher(embedded), "student": network.student(embedded)}
 
     def losses(self, outputs: dict[str, Tensor], batch: dict[str, Any]) -> Terms:
-        """One term, named after the stage: the losses are never summed."""
+        """One term, named after the stage: the stages' losses are never summed."""
         stage = self.stage
         if stage in ("teacher", "classifier"):
             labels = batch["label"].to(outputs["logits"].dtype)

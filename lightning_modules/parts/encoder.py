@@ -11,12 +11,17 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_modules.parts.normalize import register_normalization
+from lightning_modules.parts.normalize import (
+    Statistics,
+    normalized,
+    register_normalization,
+    trained_statistics,
+)
 from lightning_modules.parts.weights import build_network, load_weights
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-Statistics = tuple[float, float, float]
+Channels = tuple[float, float, float]
 
 
 class ImageEncoder(nn.Module):
@@ -49,8 +54,8 @@ class ImageEncoder(nn.Module):
         source: Literal["open_clip", "timm"] = "open_clip",
         weights: str | None = "openai",
         model_args: dict[str, Any] | None = None,
-        mean: Statistics | None = None,
-        std: Statistics | None = None,
+        mean: Channels | None = None,
+        std: Channels | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -61,10 +66,10 @@ class ImageEncoder(nn.Module):
         self.seed = seed
         self._hidden: list[nn.Module] = []  # a list: no submodule
         if source == "open_clip":
-            self.width, own_mean, own_std = _describe_clip(model, weights, self.model_args)
+            self.width, statistics = _describe_clip(model, weights, self.model_args)
         else:
-            self.width, own_mean, own_std = _describe_timm(model, self.model_args)
-        register_normalization(self, mean or own_mean, std or own_std)
+            self.width, statistics = _describe_timm(model, self.model_args)
+        register_normalization(self, mean or statistics.mean, std or statistics.std)
 
     @property
     def key(self) -> str:
@@ -80,7 +85,7 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features (batch, width) of images (batch, 3, height, width) in [0, 1]; without a graph."""
         with torch.no_grad():
-            features = self.network((images - self.mean) / self.std)
+            features = self.network(normalized(images, self.mean, self.std))
         if features.ndim != 2 or features.shape[1] != self.width:
             raise MisconfigurationException(
                 f"The encoder {self.model} gives {tuple(features.shape)}, not (batch, {self.width})."
@@ -141,9 +146,7 @@ def _without_classifier(network: Any, state: dict[str, Tensor]) -> dict[str, Ten
     return {key: value for key, value in state.items() if key in own or not key.startswith(prefixes)}
 
 
-def _describe_clip(
-    model: str, weights: str | None, model_args: dict[str, Any]
-) -> tuple[int, Statistics, Statistics]:
+def _describe_clip(model: str, weights: str | None, model_args: dict[str, Any]) -> tuple[int, Statistics]:
     """Width of the embedding and the statistics of the normalisation, without building the network."""
     import open_clip
 
@@ -153,16 +156,13 @@ def _describe_clip(
     if model_args:
         raise MisconfigurationException("encoder.model_args is for timm; open_clip's models are fixed.")
     tagged = open_clip.get_pretrained_cfg(model, weights or "")
-    return int(config["embed_dim"]), tagged.get("mean", CLIP_MEAN), tagged.get("std", CLIP_STD)
+    return int(config["embed_dim"]), Statistics(tagged.get("mean", CLIP_MEAN), tagged.get("std", CLIP_STD))
 
 
-def _describe_timm(model: str, model_args: dict[str, Any]) -> tuple[int, Statistics, Statistics]:
+def _describe_timm(model: str, model_args: dict[str, Any]) -> tuple[int, Statistics]:
     """Likewise; the network has shapes but no memory here."""
-    from timm.data import resolve_data_config
-
     network: Any
     with torch.device("meta"):
         network = build_network(model, None, **{"num_classes": 0, **model_args})
     width = network.num_classes or getattr(network, "head_hidden_size", None) or network.num_features
-    statistics = resolve_data_config(model=network)
-    return int(width), statistics["mean"], statistics["std"]
+    return int(width), trained_statistics(network)

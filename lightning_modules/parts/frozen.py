@@ -1,5 +1,7 @@
-"""Networks that are used but never trained."""
+"""Networks that are used but not trained: never, or not now."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
 
@@ -38,6 +40,18 @@ class FrozenNetwork:
 
     def __deepcopy__(self, memo: dict) -> "FrozenNetwork":
         return self
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Every part of a network in eval mode inside the block, and each as it was behind it."""
+    modes = {part: part.training for part in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def weights_digest(network: nn.Module) -> str:

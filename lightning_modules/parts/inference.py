@@ -1,12 +1,52 @@
-"""What is deployed of a module, and what it takes."""
+"""What is deployed of a module, and what it takes and gives, by name."""
 
-import contextlib
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class InferenceSpec:
+    """How a module's inference is called: what exporters and reports cannot read from its tensors.
+
+    Attributes:
+        outputs: names of what the network gives, in order; those of a dictionary are its keys.
+        unit: what a throughput counts, such as `images` or `tokens`.
+        unit_axes: of the first input, whose sizes multiply to the number of units in a batch.
+        free_dimensions: `{input: {axis: name}}` of sizes that may be another at inference than in the
+            example; axis 0 is always free, and called `batch`.
+        arguments: of the network's forward pass, beside the inputs.
+    """
+
+    outputs: tuple[str, ...] = ("output",)
+    unit: str = "samples"
+    unit_axes: tuple[int, ...] = (0,)
+    free_dimensions: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def units(self, inputs: Mapping[str, Tensor]) -> int:
+        """Units in a batch of inputs."""
+        first = next(iter(inputs.values()))
+        return math.prod(first.shape[axis] for axis in self.unit_axes)
+
+    def axes(self, name: str) -> dict[int, str]:
+        """The free axes of an input and their names."""
+        return {0: "batch", **self.free_dimensions.get(name, {})}
+
+
+CLASSIFIER = InferenceSpec(outputs=("logits",), unit="images")
+"""Images in, logits out."""
+
+_KNOWN = {
+    "image": ("images", InferenceSpec(unit="images")),
+    "input_ids": ("input_ids", InferenceSpec(unit="tokens", unit_axes=(0, 1))),
+}
+"""By key of a batch: name of the input, and what is assumed of a module that declares nothing."""
 
 
 class InferencePath(nn.Module):
@@ -15,20 +55,22 @@ class InferencePath(nn.Module):
     Holds the module's own parts, not copies.
 
     Args:
-        module: the LightningModule; its attribute `network` and method `normalize` are used if it has them.
+        module: the LightningModule; its attribute `network` and method `normalize` are used if it has them,
+            and the arguments of its `inference`, see `InferenceSpec`.
     """
 
     def __init__(self, module: LightningModule) -> None:
         super().__init__()
         self.network = student_of(module)
         self._normalize = getattr(module, "normalize", None) if self.network is not module else None
+        self._arguments = dict(spec_of(module).arguments) if self.network is not module else {}
 
     def forward(self, *inputs: Tensor) -> Any:
         """Output of the network; the first input is normalised where the module knows how."""
         first, *others = inputs
         if self._normalize is not None and first.is_floating_point():
             first = self._normalize(first)
-        return self.network(first, *others)
+        return self.network(first, *others, **self._arguments)
 
 
 def student_of(module: LightningModule) -> nn.Module:
@@ -37,31 +79,54 @@ def student_of(module: LightningModule) -> nn.Module:
     return network if isinstance(network, nn.Module) else module
 
 
-def inputs_of(module: nn.Module, batch: Any) -> tuple[Tensor, ...] | None:
-    """The tensors of `batch` that inference takes, batch first; None where that is not known.
+def inputs_of(module: nn.Module, batch: Any) -> dict[str, Tensor] | None:
+    """The tensors of `batch` that inference takes, by name, batch first; None where that is not known.
 
     A module whose network takes something else than `image` or `input_ids` says so in a method
-    `inference_inputs(batch) -> tuple[Tensor, ...]`.
+    `inference_inputs(batch) -> {name: tensor}`; names of a tuple are `input_0`, `input_1` and so on.
     """
-    if callable(own := getattr(module, "inference_inputs", None)):
-        return tuple(own(batch))
+    if callable(declared := getattr(module, "inference_inputs", None)):
+        return named_inputs(declared(batch))
     if isinstance(batch, Mapping):
-        for key in ("image", "input_ids"):
+        for key, (name, _) in _KNOWN.items():
             if isinstance(batch.get(key), Tensor):
-                return (batch[key],)
+                return {name: batch[key]}
     return None
 
 
-@contextlib.contextmanager
-def evaluating(path: nn.Module) -> Iterator[None]:
-    """Every part in eval mode inside the block, and each as it was behind it."""
-    modes = {part: part.training for part in path.modules()}
-    path.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
+def spec_of(module: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> InferenceSpec:
+    """What a module declares in its `inference`; else what the names of its inputs tell."""
+    declared = getattr(module, "inference", None)
+    if isinstance(declared, InferenceSpec):
+        return declared
+    first = next(iter(inputs or {}), None)
+    return next((spec for name, spec in _KNOWN.values() if name == first), InferenceSpec())
+
+
+def named_inputs(inputs: Any) -> dict[str, Tensor]:
+    """Inputs by name; those of a sequence are `input_0`, `input_1` and so on."""
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    return {f"input_{number}": tensor for number, tensor in enumerate(inputs)}
+
+
+def named_outputs(output: Any, names: tuple[str, ...] = (), prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested tuples, lists and dictionaries, in order, each with a name.
+
+    Args:
+        output: of a network.
+        names: of tensors that stand in no dictionary.
+        prefix: of the names, in a nested output.
+    """
+    if isinstance(output, Tensor):
+        yield prefix or (names[0] if names else "output"), output
+    elif isinstance(output, Mapping):
+        for key, item in output.items():
+            yield from named_outputs(item, (), f"{prefix}_{key}" if prefix else str(key))
+    elif isinstance(output, (list, tuple)):
+        for number, item in enumerate(output):
+            known = not prefix and number < len(names)
+            yield from named_outputs(item, (), names[number] if known else f"{prefix or 'output'}_{number}")
 
 
 def repeat_to(tensor: Tensor, batch_size: int) -> Tensor:

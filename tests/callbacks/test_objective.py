@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -56,6 +56,19 @@ def test_objectives_live_for_one_fit_and_their_state_in_its_checkpoint(trainer, 
     assert callbacks[0]._objective.scale.item() == pytest.approx(trained)
 
 
+def test_a_run_that_broke_off_can_be_started_again(trainer, blob_data):
+    class Fault(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            raise RuntimeError("broken")
+
+    module, callback = tiny(), NormCallback("first")
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer(callbacks=[callback, Fault()]).fit(module, datamodule=blob_data())
+    trainer(callbacks=[callback], max_steps=1).fit(module, datamodule=blob_data())
+    assert callback.built == 1
+    assert not list(module.objectives)
+
+
 def test_only_methods_take_objectives(trainer, blob_data):
     with pytest.raises(MisconfigurationException, match="NormCallback needs a Method"):
         NormCallback("x").setup(trainer(), LightningModule(), "fit")
@@ -81,11 +94,32 @@ def test_taps_keep_the_first_output_and_go():
     network(torch.zeros(1, 2))
     assert list(taps.outputs) == ["0", "2"]
     assert torch.equal(taps.outputs["2"], first)
+    assert list(taps.take()) == ["0", "2"]
+    assert not taps.outputs
+    network(torch.ones(1, 2))
+    assert len(taps.outputs) == 2
+    network[0](torch.ones(1, 2))
+    deepcopy(network)(torch.zeros(1, 2))
+    assert torch.equal(taps.outputs["2"], first), "copies carry the hooks and record nothing"
     taps.remove()
     network(torch.ones(1, 2))
     assert not taps.outputs
     with pytest.raises(ValueError, match="feature taps: the pattern '7'"):
         FeatureTaps(network, ["7"])
+
+
+def test_taps_of_each_pass_record_inside_of_it_only():
+    network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    taps = FeatureTaps(network, ["0"], each_pass=True)
+    taps.tap("1", "last", takes_input=True)
+    network[0](torch.ones(1, 2))
+    assert not taps.outputs
+    network(torch.ones(1, 2))
+    second = network(torch.zeros(1, 2))
+    recorded = taps.take()
+    assert torch.equal(network[1](recorded["last"]), second), "the last pass counts"
+    with pytest.raises(RuntimeError, match="gave no 0, last"):
+        taps.take()
 
 
 def test_averaging_must_come_after_what_joins_the_module(trainer, blob_data):

@@ -71,6 +71,27 @@ def test_names_of_objectives_are_unique_and_plain():
     assert not list(module.objectives)
 
 
+class Two(Scale):
+    optimizer_names = ("generator", "student")
+
+
+def test_objectives_of_alternating_optimisers_join_the_loss_of_their_own():
+    module = Two()
+    module.log = module.log_dict = lambda *_, **__: None
+    module._data_source = lambda: "nowhere"
+    module.attach_objective("kd", Quadruple(), "student")
+    outputs, losses = {"w": module.w}, {}
+    module.losses = lambda outputs, batch: {"own": outputs["w"]}
+    for optimizer in (*module.optimizer_names, None):
+        losses[optimizer] = module.total_loss(outputs, {}, 0, optimizer).item()
+    assert losses == {"generator": 1, "student": 21, None: 1}
+    for optimizer, owner in (("critic", module), (None, module), ("student", Scale())):
+        with pytest.raises(
+            MisconfigurationException, match=f"'more' is for the optimiser {optimizer}, and those"
+        ):
+            owner.attach_objective("more", Quadruple(), optimizer)
+
+
 def test_parameter_groups_by_rate_and_decay():
     module = Scale(
         optimizer=partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5),

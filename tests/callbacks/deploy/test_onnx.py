@@ -6,11 +6,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.utils.data import DataLoader
 
 from callbacks.deploy.onnx import ONNXExport, export_onnx, max_abs_difference, tensors_in
 from callbacks.run.results import Results
-from lightning_modules import ImageClassifier
-from lightning_modules.parts.inference import InferencePath
+from lightning_modules import CausalLanguageModel, ImageClassifier
+from lightning_modules.parts.inference import InferencePath, InferenceSpec
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -63,6 +64,7 @@ def test_a_pruned_classifier_after_test(trainer, blob_data, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(logits), module(images), atol=1e-5, rtol=1e-4)
 
+    assert names_of(path) == [("images", ["batch", 3, 32, 32]), ("logits", ["batch", 4])]
     graph = onnx.load(path).graph
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param
     weights = [torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer]
@@ -141,6 +143,44 @@ def test_a_bad_file_name_is_refused(name):
         ONNXExport(file_name=name)
 
 
+def names_of(path):
+    graph = onnx.load(path).graph
+    return [
+        (node.name, [size.dim_param or size.dim_value for size in node.type.tensor_type.shape.dim])
+        for node in (*graph.input, *graph.output)
+    ]
+
+
+def test_a_language_model_is_exported_by_name_with_a_free_length(trainer, tmp_path):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32}
+    module = CausalLanguageModel("opt", {**small, "word_embed_proj_dim": 16}, tokenizer="bytes")
+    ids = torch.randint(0, 200, (4, 12))
+    segments = [{"input_ids": row, "index": number} for number, row in enumerate(ids)]
+    trainer(callbacks=[ONNXExport()]).test(module, DataLoader(segments, batch_size=2), verbose=False)
+    path = tmp_path / "model.onnx"
+    assert names_of(path) == [
+        ("input_ids", ["batch", "length"]),
+        ("logits", ["batch", "length", module.network.config.vocab_size]),
+    ]
+    longer = torch.randint(0, 200, (3, 17))
+    (logits,) = session(path).run(["logits"], {"input_ids": longer.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(logits), module.eval()(longer), atol=1e-5, rtol=1e-4)
+
+
+def test_a_size_that_is_declared_free_and_is_not_is_found(tmp_path):
+    class Halves(nn.Module):
+        def forward(self, *inputs):
+            return inputs[0][:, :4] + inputs[0][:, 4:8]
+
+    spec = InferenceSpec(outputs=("sums",), free_dimensions={"x": {1: "width"}})
+    with pytest.raises(RuntimeError, match=r"cannot export Halves|differ"):
+        export_onnx(Halves(), {"x": torch.rand(2, 8)}, tmp_path / "model.onnx", spec=spec)
+    assert not list(tmp_path.iterdir())
+    export_onnx(Halves(), {"x": torch.rand(2, 8)}, tmp_path / "x.onnx", spec=InferenceSpec(outputs=("sums",)))
+    assert names_of(tmp_path / "x.onnx") == [("x", ["batch", 8]), ("sums", ["batch", 4])]
+
+
 def test_several_inputs_and_outputs(tmp_path):
     class Both(nn.Module):
         def __init__(self):
@@ -155,3 +195,6 @@ def test_several_inputs_and_outputs(tmp_path):
     assert len(list(tensors_in(Both()(*inputs)))) == 3
     with torch.no_grad():
         assert export_onnx(Both(), inputs, tmp_path / "both.onnx")["max_abs_difference"] < 1e-5
+    assert [name for name, _ in names_of(tmp_path / "both.onnx")] == [
+        *("input_0", "input_1", "sum", "parts_0", "parts_1")
+    ]

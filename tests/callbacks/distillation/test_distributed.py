@@ -66,6 +66,17 @@ def test_gathering_and_its_gradient(ranks):
         assert states["gather"]["grad"][:, 0].tolist() == [2 * (2 * rank), 2 * (2 * rank + 1)]
 
 
+def test_rows_of_ranks_that_have_unequal_numbers_of_them(ranks):
+    for states in ranks:
+        found = states["uneven"]
+        assert found["gathered"].tolist() == [4, 0, 2, 1, 4]
+        assert found["rows"].tolist() == [0, 1, 2, 4]
+        assert found["columns"][:, 0].tolist() == [0, 11, 20, 40], "rank 0's row of what both have"
+        assert found["none"].shape == (0, 2)
+        assert found["once"].tolist() == [[0, 0], [1, 11], [2, 20], [4, 40]]
+        assert found["raised"], "what fails on rank 0 fails everywhere, and nobody waits"
+
+
 @pytest.mark.parametrize("name", ["rkd", "cc", "dist"])
 def test_two_ranks_train_as_one_with_the_global_batch(name, ranks, script, tmp_path):
     alone = script.distil(script.criteria()[name], 1, tmp_path)

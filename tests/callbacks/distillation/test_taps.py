@@ -143,11 +143,11 @@ def test_nothing_is_recorded_in_evaluation_nor_after_removal(vit):
     taps = NetworkTaps(vit, training_only=True)
     taps.watch([1, 2, 3, 4], penultimate=True)
     vit.eval()(torch.rand(1, 3, 32, 32))
-    assert not taps._recorded
+    assert not taps.outputs
     vit.train()(torch.rand(1, 3, 32, 32))
-    assert len(taps._recorded) == 5
+    assert len(taps.outputs) == 5
     taps.remove()
-    assert not taps._recorded
+    assert not taps.outputs
     assert {name: len(module._forward_hooks) for name, module in vit.named_modules()} == hooks
     assert not vit._forward_pre_hooks
 

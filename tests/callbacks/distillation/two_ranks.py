@@ -15,7 +15,13 @@ from callbacks.distillation import CC, CRD, DIST, RKD, Criterion, DistillationTe
 from callbacks.distillation.criterion import TrainingSet
 from callbacks.distillation.taps import FeatureShapes
 from lightning_modules.classification import ImageClassifier
-from lightning_modules.parts.distributed import gather, gather_with_gradient
+from lightning_modules.parts.distributed import (
+    computed_once,
+    gather,
+    gather_uneven,
+    gather_with_gradient,
+    rows_of_all_ranks,
+)
 
 SAMPLES = 16
 VIT = {"img_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 16, "num_heads": 2}
@@ -89,6 +95,27 @@ def criteria() -> dict[str, Criterion]:
     return {"rkd": RKD(gather=True), "cc": CC(gather=True), "dist": DIST(gather=True)}
 
 
+def uneven(rank: int) -> dict[str, torch.Tensor]:
+    """Ranks with different numbers of rows, some of which both have, and a computation that one rank does."""
+    index = torch.tensor([4, 0, 2]) if rank == 0 else torch.tensor([1, 4])
+    values = torch.stack([index * 10.0 + rank, index.float()], dim=1)
+    rows, columns = rows_of_all_ranks(index, values)
+    none = gather_uneven(torch.empty(0, 2))
+    once = computed_once(dict(zip(index.tolist(), values[:, 0].tolist(), strict=True)), lambda items: items)
+    try:
+        computed_once({rank: 1}, lambda items: items["missing"])
+    except KeyError as error:
+        raised = error.args[0] == "missing"
+    return {
+        "gathered": gather_uneven(index),
+        "rows": rows,
+        "columns": columns,
+        "none": none,
+        "once": torch.tensor(sorted(once.items())),
+        "raised": torch.tensor(raised),
+    }
+
+
 def main(root: Path) -> None:
     """All that the test looks at, saved as `<rank>.pt`."""
     states = {name: distil(criterion, 2, root) for name, criterion in criteria().items()}
@@ -103,6 +130,7 @@ def main(root: Path) -> None:
     apart.synchronise()
     states["synchronised"] = {"memory_v2": apart.contrast.memory_v2}
     states["gather"] = {"all": gather(local), "grad": local.grad}
+    states["uneven"] = uneven(rank)
     torch.save(states, root / f"{rank}.pt")
 
 

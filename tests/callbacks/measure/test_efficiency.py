@@ -8,10 +8,12 @@ from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
 from callbacks.measure.efficiency import EfficiencyReport, size_of, state_dict_bytes, weights_of
+from callbacks.measure.timing import Timing
 from callbacks.run.device import device_name
 from callbacks.run.results import Results
-from lightning_modules import ImageClassifier
-from lightning_modules.parts.inference import InferencePath, evaluating, repeat_to
+from lightning_modules import CausalLanguageModel, ImageClassifier
+from lightning_modules.parts.frozen import evaluating
+from lightning_modules.parts.inference import InferencePath, repeat_to
 
 SIZES = {"conv": 3 * 4 * 9, "head": 4 * 2}
 CONV_MACS = 32 * 32 * SIZES["conv"]
@@ -174,7 +176,22 @@ def test_a_module_may_name_its_own_inputs(trainer, blob_data, tmp_path):
 
     report = report_of(trainer, blob_data(), tmp_path, TwoInputs(), repeats=1, max_seconds=0.1)
     assert report["input"] == "1x4, 1x4"
+    assert report["throughput_samples_per_second"] > 0
     assert report["weights"] == 48
+
+
+def test_throughput_counts_what_the_method_declares(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "callbacks.measure.efficiency.time_calls", lambda call, *_: (call(), Timing(0.5, 0.4, 0.6, 1))[1]
+    )
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32}
+    module = CausalLanguageModel("opt", {**small, "word_embed_proj_dim": 16}, tokenizer="bytes")
+    segments = [{"input_ids": torch.randint(0, 200, (12,)), "index": number} for number in range(4)]
+    loader = torch.utils.data.DataLoader(segments, batch_size=2)
+    report = report_of(trainer, loader, tmp_path, module, batch_size=8)
+    assert report["throughput_tokens_per_second"] == 8 * 12 / 0.5
+    assert not [key for key in report if "images" in key]
+    assert report["input"] == "1x12"
 
 
 def test_a_module_without_a_network_is_measured_by_forward():

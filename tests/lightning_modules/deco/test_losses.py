@@ -10,9 +10,9 @@ from lightning_modules.deco.boxes import detections_of, iou_and_giou, normalised
 from lightning_modules.deco.losses import (
     FocalCriterion,
     VarifocalCriterion,
-    match,
-    matching_costs,
-    matching_errors,
+    assign,
+    assignment_costs,
+    assignment_errors,
     pad_targets,
 )
 from tests.golden.fill import inputs
@@ -44,12 +44,12 @@ def recorded_outputs(case: dict) -> dict[str, torch.Tensor]:
     }
 
 
-def pairs_of(matches, layer: int, images: int) -> list[list[list[int]]]:
-    here = matches.layer == layer
+def pairs_of(assignment, layer: int, images: int) -> list[list[list[int]]]:
+    here = assignment.layer == layer
     return [
         [
-            matches.query[here & (matches.image == i)].tolist(),
-            matches.object[here & (matches.image == i)].tolist(),
+            assignment.query[here & (assignment.image == i)].tolist(),
+            assignment.object[here & (assignment.image == i)].tolist(),
         ]
         for i in range(images)
     ]
@@ -59,11 +59,11 @@ def pairs_of(matches, layer: int, images: int) -> list[list[list[int]]]:
 def test_deco_criterion_is_the_recorded_one(name, golden, agrees):
     case = golden[name]
     criterion, targets, outputs = FocalCriterion(), recorded_targets(case), recorded_outputs(case)
-    matches = criterion.match(outputs, targets)
+    assignment = criterion.assign(outputs, targets)
     images, last = len(case["targets"]), case["num_aux"]
-    assert pairs_of(matches, last, images) == case["matches"]
-    assert [pairs_of(matches, k, images) for k in range(last)] == case["aux_matches"]
-    terms = criterion(outputs, targets, matches)
+    assert pairs_of(assignment, last, images) == case["matches"]
+    assert [pairs_of(assignment, k, images) for k in range(last)] == case["aux_matches"]
+    terms = criterion(outputs, targets, assignment)
     for term, value in terms.items():
         weight = criterion.weights["_".join(term.split("_")[:2])]
         assert value.item() / weight == pytest.approx(case["losses"][term], rel=1e-5, abs=1e-7), term
@@ -72,7 +72,7 @@ def test_deco_criterion_is_the_recorded_one(name, golden, agrees):
     total.backward()
     agrees(outputs["logits"].grad, case["grad_logits"], 1e-5, 1e-6)
     agrees(outputs["boxes"].grad, case["grad_boxes"], 1e-5, 1e-6)
-    errors = matching_errors(outputs["logits"], targets, matches)
+    errors = assignment_errors(outputs["logits"], targets, assignment)
     for term, value in errors.items():
         assert value.item() == pytest.approx(case["losses"][term], rel=1e-5)
 
@@ -81,9 +81,9 @@ def test_deco_criterion_is_the_recorded_one(name, golden, agrees):
 def test_decoplus_criterion_is_the_recorded_one(name, golden, agrees):
     case = golden[name]
     criterion, targets, outputs = VarifocalCriterion(), recorded_targets(case), recorded_outputs(case)
-    matches = criterion.match(outputs, targets)
-    assert pairs_of(matches, case["num_aux"], len(case["targets"])) == case["matches"]
-    terms = criterion(outputs, targets, matches)
+    assignment = criterion.assign(outputs, targets)
+    assert pairs_of(assignment, case["num_aux"], len(case["targets"])) == case["matches"]
+    terms = criterion(outputs, targets, assignment)
     assert set(terms) == set(case["weighted_losses"])
     for term, value in terms.items():
         assert value.item() == pytest.approx(case["weighted_losses"][term], rel=1e-5, abs=1e-7), term
@@ -183,14 +183,16 @@ def random_case(images=3, layers=2, queries=12, classes=5):
 def test_padded_objects_never_match_and_the_order_of_objects_is_nothing():
     logits, boxes, labels, objects = random_case()
     targets = pad_targets(labels, objects, 5)
-    matches = match(matching_costs(logits, boxes, targets, (1, 5, 2)), targets.counts)
-    assert [(matches.image == i).sum().item() for i in range(3)] == [8, 0, 4]
+    assignment = assign(assignment_costs(logits, boxes, targets, (1, 5, 2)), targets.counts)
+    assert [(assignment.image == i).sum().item() for i in range(3)] == [8, 0, 4]
     order = torch.tensor([2, 0, 3, 1])
     labels[0], objects[0] = labels[0][order], objects[0][order]
     moved = pad_targets(labels, objects, 5)
-    again = match(matching_costs(logits, boxes, moved, (1, 5, 2)), moved.counts)
-    first = matches.image == 0
-    before = dict(zip(matches.object[first][:4].tolist(), matches.query[first][:4].tolist(), strict=True))
+    again = assign(assignment_costs(logits, boxes, moved, (1, 5, 2)), moved.counts)
+    first = assignment.image == 0
+    before = dict(
+        zip(assignment.object[first][:4].tolist(), assignment.query[first][:4].tolist(), strict=True)
+    )
     after = dict(zip(again.object[first][:4].tolist(), again.query[first][:4].tolist(), strict=True))
     assert {order[place].item(): query for place, query in after.items()} == before
     outputs = {"logits": logits[-1], "boxes": boxes[-1]}
@@ -208,9 +210,9 @@ def test_more_objects_than_queries_match_all_queries():
         "logits": torch.randn(1, 4, 2, generator=generator),
         "boxes": torch.rand(1, 4, 4, generator=generator),
     }
-    matches = FocalCriterion().match(outputs, targets)
-    assert sorted(matches.query.tolist()) == [0, 1, 2, 3]
-    assert matching_errors(outputs["logits"], targets, matches)["class_error"].isfinite()
+    assignment = FocalCriterion().assign(outputs, targets)
+    assert sorted(assignment.query.tolist()) == [0, 1, 2, 3]
+    assert assignment_errors(outputs["logits"], targets, assignment)["class_error"].isfinite()
 
 
 def test_a_diverged_network_is_reported_by_its_losses_and_not_by_the_matching():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_modules.deco.layers import InteractionLayer, depthwise, pool_to_grid, resize
-from lightning_modules.deco.losses import FocalCriterion, matching_errors, pad_targets
+from lightning_modules.deco.losses import FocalCriterion, assignment_errors, pad_targets
 from lightning_modules.deco.network import Deco
 from tests.golden.fill import fill, inputs
 
@@ -96,12 +96,12 @@ def test_train_step_is_the_recorded_one(golden):
     labels = [torch.tensor(target["labels"]) for target in case["targets"]]
     targets = pad_targets(labels, [torch.tensor(target["boxes"]) for target in case["targets"]], 91)
     criterion, outputs = FocalCriterion(), network(recorded_images(case))
-    matches = criterion.match(outputs, targets)
-    terms = criterion(outputs, targets, matches)
+    assignment = criterion.assign(outputs, targets)
+    terms = criterion(outputs, targets, assignment)
     for term, value in terms.items():
         weight = criterion.weights["_".join(term.split("_")[:2])]
         assert value.item() / weight == pytest.approx(case["losses"][term], rel=1e-4), term
-    errors = matching_errors(outputs["logits"], targets, matches)
+    errors = assignment_errors(outputs["logits"], targets, assignment)
     assert errors["class_error"].item() == pytest.approx(case["losses"]["class_error"])
     total = sum(terms.values())
     assert total.item() == pytest.approx(case["total"], rel=1e-4)

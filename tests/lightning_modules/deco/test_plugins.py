@@ -11,13 +11,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import callbacks.distillation.detection
 import callbacks.pruning  # noqa: F401  (short names)
-from callbacks.distillation.detection import SetDistillation
+from callbacks.distillation.base import FrozenTeacher
+from callbacks.distillation.detection import DetectionTeacher, SetDistillation
 from datamodules.coco.module import CocoDataModule
 from datamodules.coco.transforms import DecoTransforms
 from lightning_modules.classification import ImageClassifier
 from lightning_modules.deco import Deco, DecoDetector, FocalCriterion
 from lightning_modules.deco.losses import pad_targets
-from lightning_modules.parts.frozen import FrozenNetwork
 from tests.golden.fill import fill
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -88,12 +88,65 @@ def test_kd_teaches_a_detector(scenes, trainer, tmp_path):
     assert saved.keys() == module.state_dict().keys()
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_a_detectors_teacher_follows_the_precision_of_the_run(precision, scenes, trainer):
+    teacher, seen, modes = fill(Deco(**SMALL)), [], []
+    teacher.register_forward_hook(lambda module, arguments, output: seen.append(output["logits"].dtype))
+    teacher.register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+    kd, module = DetectionTeacher(teacher), DecoDetector(Deco(**SMALL))
+    run = trainer(max_steps=3, max_epochs=2, callbacks=[kd], limit_val_batches=0, precision=precision)
+    run.fit(module, datamodule=data(scenes))
+    assert seen == [torch.bfloat16] * 3
+    assert all(modes)
+    assert run.callback_metrics["train/detection_teacher/bbox"] > 0
+    assert next(teacher.parameters()).device.type == "cpu"
+    assert kd.frozen._batch is None
+
+
+def test_two_criteria_of_one_detector_share_it_and_ask_it_once(scenes, trainer):
+    teacher, calls = fill(Deco(**SMALL)), []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    callbacks = [DetectionTeacher(teacher), DetectionTeacher(teacher, name="again", min_score=0.2)]
+    trainer(max_steps=2, callbacks=callbacks, limit_val_batches=0).fit(
+        DecoDetector(Deco(**SMALL)), datamodule=data(scenes)
+    )
+    assert callbacks[0].frozen is callbacks[1].frozen
+    assert len(calls) == 2
+
+
+def test_a_run_resumes_with_the_same_detector_only(scenes, trainer):
+    def built(teacher, **options):
+        kd = DetectionTeacher(teacher, **options)
+        kd.setup(trainer(callbacks=[kd]), DecoDetector(Deco(**SMALL)), "fit")
+        return kd
+
+    teacher = fill(Deco(**SMALL))
+    saved = built(teacher).state_dict()
+    assert set(saved) == {"teacher", "digest", "min_score"}
+    built(fill(Deco(**SMALL))).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"DetectionTeacher.*trained with digest \w{16}, this run has"):
+        built(Deco(**SMALL)).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"trained with min_score 0.3, this run has min_score 0.5"):
+        built(teacher, min_score=0.5).load_state_dict(saved)
+
+
+def test_a_broken_detector_stops_the_run_and_lets_go_of_the_batch(scenes, trainer):
+    teacher, module = fill(Deco(**SMALL)), DecoDetector(Deco(**SMALL))
+    kd, before = DetectionTeacher(teacher), module.network.query_embed.weight.clone()
+    with torch.no_grad():
+        teacher.class_embed[-1].bias.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="teacher Deco gave non-finite logits or boxes at step 0"):
+        trainer(max_steps=2, callbacks=[kd], limit_val_batches=0).fit(module, datamodule=data(scenes))
+    assert torch.equal(module.network.query_embed.weight, before)
+    assert kd.frozen._batch is None
+    assert kd.frozen._features is None
+
+
 def test_a_student_that_agrees_with_its_teacher_has_no_box_loss():
     network = fill(Deco(**SMALL)).eval()
     module = DecoDetector(network)
-    objective = SetDistillation(
-        FrozenNetwork(fill(Deco(**SMALL))), 0.3, {"class": 1.0, "bbox": 5.0, "giou": 2.0}
-    )
+    teacher = FrozenTeacher(fill(Deco(**SMALL)), "Deco")
+    objective = SetDistillation(teacher, 0.3, {"class": 1.0, "bbox": 5.0, "giou": 2.0})
     batch = {"image": torch.rand(2, 3, 48, 48), "mask": torch.zeros(2, 48, 48, dtype=torch.bool)}
     terms = objective(module, batch, module.compute(batch))
     assert terms["bbox"].item() == pytest.approx(0, abs=1e-4)
@@ -106,7 +159,7 @@ def test_a_teacher_that_finds_nothing_gives_zeros_with_a_gradient():
     with torch.no_grad():
         teacher.class_embed[-1].bias.fill_(-50.0)
     module = DecoDetector(network)
-    objective = SetDistillation(FrozenNetwork(teacher), 0.3, {"class": 1.0, "bbox": 5.0, "giou": 2.0})
+    objective = SetDistillation(FrozenTeacher(teacher, "Deco"), 0.3, {"class": 1.0, "bbox": 5.0, "giou": 2.0})
     batch = {"image": torch.rand(2, 3, 48, 48)}
     terms = objective(module, batch, module.compute(batch))
     sum(terms.values()).backward()
@@ -122,13 +175,13 @@ def test_teachers_that_do_not_fit_are_refused(scenes, trainer, blob_data):
         trainer(callbacks=[kd], max_steps=1).fit(ImageClassifier("test_resnet", 4), datamodule=blob_data())
 
 
-def test_matching_is_a_criterions_business_alone():
-    """The objective matches with the costs of the student's own criterion."""
+def test_assignment_is_a_criterions_business_alone():
+    """The objective assigns with the costs of the student's own criterion."""
     targets = pad_targets([torch.tensor([1])], [torch.full((1, 4), 0.5)], 3)
     outputs = {
         "logits": torch.zeros(1, 2, 3),
         "boxes": torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.4, 0.4, 0.1, 0.1]]]),
     }
     outputs["logits"][0, 1, 1] = 9.0
-    assert FocalCriterion().match(outputs, targets).query.tolist() == [0]
-    assert FocalCriterion(cost_class=100.0).match(outputs, targets).query.tolist() == [1]
+    assert FocalCriterion().assign(outputs, targets).query.tolist() == [0]
+    assert FocalCriterion(cost_class=100.0).assign(outputs, targets).query.tolist() == [1]

@@ -136,11 +136,38 @@ def test_infinite_features_stop_the_run(fit, toy, stub):
         fit(GenDet(stub(), StageSchedule(1, 0, 0), **SMALL), data, 1)
 
 
-def test_objectives_have_no_place(stub):
-    module = GenDet(stub(), **SMALL)
-    module.attach_objective("extra", torch.nn.Linear(1, 1))
-    with pytest.raises(MisconfigurationException, match="no place for objectives"):
-        module.configure_optimizers()
+class Pull(torch.nn.Module):
+    """A term of its own parameter, to see which optimiser trains it and when it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.stages = set()
+
+    def forward(self, module, batch, outputs):
+        self.stages.add(module.stage)
+        return {"pull": self.scale.square()}
+
+
+def test_an_objective_is_for_one_optimiser_and_its_stages(fit, toy, stub):
+    schedule, objective = StageSchedule(1, 1, 1), Pull()
+    module = GenDet(stub(), schedule, **{**SMALL, "student_lr": 0.1})
+    module.attach_objective("extra", objective, "student")
+    run = fit(module, toy(), schedule.total)
+    assert objective.stages == {"real", "fake"}
+    assert objective.scale < 0.9
+    assert "train/extra/pull" in run.logged_metrics or "train/extra/pull" in run.callback_metrics
+    groups = [{p for group in o.param_groups for p in group["params"]} for o in run.optimizers]
+    assert [objective.scale in group for group in groups] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("optimizer", [None, "generator"])
+def test_an_objective_for_no_optimiser_is_refused(optimizer, stub):
+    with pytest.raises(
+        MisconfigurationException,
+        match=f"'extra' is for the optimiser {optimizer}, .*: teacher, student, augmenter, classifier",
+    ):
+        GenDet(stub(), **SMALL).attach_objective("extra", Pull(), optimizer)
 
 
 def test_the_score_in_fit_is_the_stage_s(fit, toy, stub):
