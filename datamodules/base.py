@@ -10,10 +10,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
 from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, collate_images, default_ranks
-from datamodules.reading import OnError, SkipCounter, SkippingDataset
+from datamodules.reading import DataError, Listing, OnError, SkipCounter, SkippingDataset, read_image
 from datamodules.transforms import ImageTransforms
 
 log = logging.getLogger(__name__)
@@ -143,8 +145,14 @@ class DataModule(LightningDataModule):
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
     def loader(self, split: Split) -> ResumableLoader:
-        """The loader of a split."""
+        """The loader of a split.
+
+        Raises:
+            DataError: the split has no samples.
+            MisconfigurationException: there is no such split, or training has less than a batch.
+        """
         dataset, epoch_end = self._dataset(split), None
+        self._check_size(split, dataset)
         train = split == "train"
         if self.on_error == "skip":
             counter = SkipCounter(self.num_workers)
@@ -167,6 +175,19 @@ class DataModule(LightningDataModule):
         if split not in self.datasets:
             raise MisconfigurationException(f"{type(self).__name__} has no {split} data.")
         return self.datasets[split]
+
+    def _check_size(self, split: Split, dataset: Dataset[Any]) -> None:
+        """Whether there is a batch at all: a run that trains nothing must not look like a success."""
+        length, world = len(dataset), self._ranks()[1]  # type: ignore[arg-type]
+        if length == 0:
+            raise DataError(f"{type(self).__name__}: the {split} data in {self.root} has no samples.")
+        if split == "train" and self.drop_last and length // world < self.batch_size:
+            each = f" ({length // world} for each of {world} processes)" if world > 1 else ""
+            raise MisconfigurationException(
+                f"{type(self).__name__}: {length} training samples{each} make no whole batch of batch_size: "
+                f"{self.batch_size}, and an incomplete one is left out: lower batch_size, or set "
+                "drop_last: false."
+            )
 
     def _sampler(self, dataset: SeededDataset, split: Split) -> EpochSampler:
         rank, world = self._ranks()
@@ -198,6 +219,19 @@ class DataModule(LightningDataModule):
     def _overrides(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(DataModule, method)
 
+    @staticmethod
+    def read_image(path: Path | str) -> Image.Image:
+        """An image file as the data set reads it, for whoever draws on it.
+
+        Raises:
+            CorruptSampleError: it cannot be read.
+        """
+        return read_image(path)
+
+    def announce(self, split: Split, content: str, folder: Path, listing: Listing) -> None:
+        """Log on rank 0 what was found where, and how much was left out."""
+        rank_zero_info(f"{type(self).__name__}, {split}: {content} in {folder}{listing.left_out()}.")
+
     def require(self, path: Path) -> None:
         """Makes sure that ``path`` exists.
 
@@ -214,9 +248,11 @@ class DataModule(LightningDataModule):
             )
             if self._overrides(method)
         ]
+        there = sorted(os.listdir(self.root))[:8] if self.root.is_dir() else []
+        holds = f" {self.root} holds {', '.join(there)}." if there else ""
         raise FileNotFoundError(
-            f"{type(self).__name__}: {path} does not exist. Expected under root={self.root}: {self.layout}. "
-            f"Set root to where that is{'; ' if remedies else ''}{', or '.join(remedies)}."
+            f"{type(self).__name__}: {path} does not exist.{holds} Expected under root={self.root}: "
+            f"{self.layout}. Set root to where that is{'; ' if remedies else ''}{', or '.join(remedies)}."
         )
 
 

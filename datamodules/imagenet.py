@@ -10,28 +10,12 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from datamodules.base import Split, VisionDataModule
-from datamodules.reading import IMAGE_SUFFIXES, read_image
+from datamodules.reading import DataError, Listing, list_folders, list_images, read_image
 from datamodules.samples.drawing import class_name
 from datamodules.samples.imagenet import write_image_folders
 from datamodules.samples.writing import is_sample
 
 log = logging.getLogger(__name__)
-
-
-def list_images(folder: Path) -> list[str]:
-    """Sorted names of the image files in a folder, by their suffix; hidden ones are left out."""
-    with os.scandir(folder) as entries:
-        return sorted(
-            entry.name
-            for entry in entries
-            if not entry.name.startswith(".") and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
-        )
-
-
-def list_classes(folder: Path) -> list[str]:
-    """Sorted names of the folders in a folder; hidden ones are left out."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 class ImageFileDataset(Dataset[dict[str, Any]]):
@@ -71,8 +55,8 @@ class ImageFileDataset(Dataset[dict[str, Any]]):
 class ImageFolderDataModule(VisionDataModule):
     """Any data set in the layout ``<root>/{train,val,test}/<class>/<image>``.
 
-    Labels are the positions of the sorted names of the training folders. Without a test folder the validation
-    images are tested, and the other way round.
+    Labels are the positions of the sorted names of the training folders; images in folders below a class
+    belong to it. Without a test folder the validation images are tested, and the other way round.
 
     Args:
         train_dir: name of the training folder.
@@ -81,10 +65,12 @@ class ImageFolderDataModule(VisionDataModule):
         options: of ``VisionDataModule``.
 
     Raises:
-        ValueError: in ``setup``, for a class folder that training lacks, or a split without images.
+        DataError: in ``setup``, for a class folder that training lacks, or a split without images.
     """
 
-    layout: ClassVar[str] = "train/<class>/*.jpg and val/<class>/*.jpg (or test/), any image format"
+    layout: ClassVar[str] = (
+        "train/<class>/*.jpg and val/<class>/*.jpg (or test/), any image format, also in folders below"
+    )
 
     def __init__(
         self, train_dir: str = "train", val_dir: str = "val", test_dir: str = "test", **options: Any
@@ -106,7 +92,7 @@ class ImageFolderDataModule(VisionDataModule):
             if not existing and self.sample:
                 return self._sample_names()
             self.require(folders[0] if not existing else existing[0])
-            self._class_names = list_classes(existing[0])
+            self._class_names = list_folders(existing[0]).names
             self._check_classes(existing[0], self._class_names)
         return self._class_names
 
@@ -139,32 +125,34 @@ class ImageFolderDataModule(VisionDataModule):
         self.require(folder)
         names, labels, empty = [], [], []
         labels_of = {name: label for label, name in enumerate(self.class_names)}
-        found = list_classes(folder)
-        unknown = [name for name in found if name not in labels_of]
+        classes = list_folders(folder)
+        unknown = [name for name in classes.names if name not in labels_of]
         if unknown:
-            raise ValueError(
+            raise DataError(
                 f"{folder} has class folders that {self.root / self.train_dir} lacks: {_some(unknown)}."
             )
-        for name in found:
-            files = list_images(folder / name)
-            if not files:
+        _, hidden, other = classes
+        for name in classes.names:
+            listing = list_images(folder / name)
+            if not listing.names:
                 empty.append(name)
-            names += [f"{name}/{file}" for file in files]
-            labels += [labels_of[name]] * len(files)
+            names += [f"{name}/{file}" for file in listing.names]
+            labels += [labels_of[name]] * len(listing.names)
+            hidden, other = hidden + listing.hidden, other + listing.other
         if empty and split == "train":
-            raise ValueError(f"{folder} has class folders without an image: {_some(empty)}.")
+            raise DataError(f"{folder} has class folders without an image: {_some(empty)}.")
         if not names:
-            loose = list_images(folder)
+            loose = list_images(folder).names
             hint = f" ({len(loose)} images lie in it unsorted; each class needs a folder)" if loose else ""
-            raise ValueError(f"{folder} has no images in class folders{hint}. Expected: {self.layout}.")
+            raise DataError(f"{folder} has no images in class folders{hint}. Expected: {self.layout}.")
+        listing = Listing(names, hidden, other)
+        self.announce(split, f"{len(names)} images of {len(classes.names)} classes", folder, listing)
         return ImageFileDataset(folder, names, labels, with_path=split == "predict")
 
     def _check_classes(self, folder: Path, names: list[str]) -> None:
         """Whether the class folders look right; any do here, as long as there are some."""
         if not names:
-            raise ValueError(
-                f"{folder} has no class folders. Expected under root={self.root}: {self.layout}."
-            )
+            raise DataError(f"{folder} has no class folders. Expected under root={self.root}: {self.layout}.")
 
 
 class ImageNetDataModule(ImageFolderDataModule):
@@ -177,7 +165,7 @@ class ImageNetDataModule(ImageFolderDataModule):
         options: of ``ImageFolderDataModule``.
 
     Raises:
-        ValueError: for folders that are no WordNet ids, or another number of them than 1000, except in a
+        DataError: for folders that are no WordNet ids, or another number of them than 1000, except in a
             sample.
     """
 
@@ -201,12 +189,12 @@ class ImageNetDataModule(ImageFolderDataModule):
         super()._check_classes(folder, names)
         odd = [name for name in names if not re.fullmatch(r"n\d{8}", name)]
         if odd:
-            raise ValueError(
+            raise DataError(
                 f"{folder} has folders that are no WordNet ids (n and eight digits): {_some(odd)}. "
                 "ImageFolderDataModule reads class folders of any name."
             )
         if len(names) != 1000 and not is_sample(self.root):
-            raise ValueError(
+            raise DataError(
                 f"{folder} has {len(names)} class folders, ImageNet-1K has 1000. "
                 "ImageFolderDataModule reads any number of them."
             )

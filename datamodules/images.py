@@ -1,6 +1,9 @@
 """Images without labels, to predict on."""
 
 import glob
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -8,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from datamodules.base import VisionDataModule
 from datamodules.imagenet import ImageFileDataset
-from datamodules.reading import IMAGE_SUFFIXES
+from datamodules.reading import Listing, is_hidden, is_image, list_images
 from datamodules.samples.imagenet import write_pictures
 
 
@@ -61,20 +64,48 @@ class ImagesDataModule(VisionDataModule):
                 f"ImagesDataModule has no labels, so it can only predict, not {stage}. "
                 "For images in class folders there is ImageFolderDataModule."
             )
-        names = self._names()
-        if not names:
-            raise FileNotFoundError(f"ImagesDataModule: no images in {self.root}. Expected: {self.layout}.")
-        self.datasets["predict"] = ImageFileDataset(Path(), names, with_path=True)
+        listing = self._listing()
+        if not listing.names:
+            raise FileNotFoundError(
+                f"ImagesDataModule: no images in {self.root}{listing.left_out()}. Expected: {self.layout}."
+            )
+        self.announce("predict", f"{len(listing.names)} images", self.root, listing)
+        self.datasets["predict"] = ImageFileDataset(Path(), listing.names, with_path=True)
 
-    def _names(self) -> list[str]:
+    def _listing(self) -> Listing:
+        """Paths, not names; a file that is named itself is taken whatever its name."""
         if self.root.is_file():
-            return [str(self.root)]
+            return Listing([str(self.root)])
         if self.root.is_dir():
-            found = [str(path) for path in self.root.rglob("*")]
-        elif glob.has_magic(str(self.root)):
-            found = glob.glob(str(self.root), recursive=True)
-        else:
+            listing = list_images(self.root)
+            return listing._replace(names=[str(self.root / name) for name in listing.names])
+        if not glob.has_magic(str(self.root)):
             self.require(self.root)
-        return sorted(
-            name for name in found if Path(name).suffix.lower() in IMAGE_SUFFIXES and Path(name).is_file()
-        )
+        return list_glob(str(self.root))
+
+
+def list_glob(pattern: str) -> Listing:
+    """Lists the image files that a glob names; ``**`` follows links as `list_images` does, so it ends."""
+    parts = Path(pattern).parts
+    fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    folder, rest = Path(*parts[:fixed]), parts[fixed:]
+    if "**" in rest:
+        if not folder.is_dir():
+            return Listing([])
+        below = list_images(folder)
+        names = [name for name in below.names if _matches(Path(name).parts, rest)]
+        return below._replace(names=[str(folder / name) for name in names])
+    paths = [path for path in glob.glob(pattern) if os.path.isfile(path)]
+    seen = [path for path in paths if not any(map(is_hidden, Path(path).parts[fixed:]))]
+    images = sorted(filter(is_image, seen))
+    return Listing(images, len(paths) - len(seen), len(seen) - len(images))
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a glob; ``**`` stands for any number of parts."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        rest = pattern[1:]
+        return not rest or any(_matches(parts[skipped:], rest) for skipped in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])

@@ -15,8 +15,7 @@ from torch.utils.data import Dataset
 from datamodules.base import DataModule, Split
 from datamodules.coco.annotations import CocoAnnotations
 from datamodules.coco.transforms import DecoTransforms, DetectionTransforms
-from datamodules.imagenet import list_images
-from datamodules.reading import read_image
+from datamodules.reading import list_images, read_image
 from datamodules.samples.coco import SceneStyle, write_coco
 
 ARCHIVES = {
@@ -127,7 +126,7 @@ class PictureFolder(Dataset[dict[str, Any]]):
         if not folder.is_dir():
             raise FileNotFoundError(f"predict_folder: there is no folder {folder}.")
         self.folder = folder
-        self.names = list_images(folder)
+        self.names = list_images(folder).names
         if not self.names:
             raise FileNotFoundError(f"predict_folder: there are no images in {folder}.")
         stems = [Path(name).stem for name in self.names]

@@ -1,15 +1,16 @@
 """Which files are real and which generated, in ForenSynths / UniversalFakeDetect and in GenImage."""
 
-import os
 import random
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-Layout = Literal["universal", "genimage"]
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+from datamodules.reading import Listing, list_folders, list_images
+
+Layout = Literal["universal", "genimage"]
 
 UNIVERSAL = {
     "progan": "ProGAN",
@@ -84,11 +85,12 @@ class Pair(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """Sets by generator: to train on, to validate on (may be empty), to test on."""
+    """Sets by generator: to train on, to validate on (may be empty), to test on; and what was left out."""
 
     train: dict[str, Pair]
     val: dict[str, Pair]
     test: dict[str, Pair]
+    left_out: Listing
 
 
 def printed_name(generator: str) -> str:
@@ -112,78 +114,122 @@ def read_layout(root: Path, layout: Layout, classes: Sequence[str] | None = None
 
     Raises:
         FileNotFoundError: a set has no real or no generated file; names the folder.
+        MisconfigurationException: a class is unknown, or the layout has none.
     """
-    return _universal(root, classes) if layout == "universal" else _genimage(root)
+    files = _Files(root)
+    if layout == "universal":
+        return Manifest(*_universal(files, classes), Listing([], files.hidden, files.other))
+    if classes is not None:
+        raise MisconfigurationException(
+            f"classes: {', '.join(classes)}: the layout genimage has no class folders; set classes: null."
+        )
+    return Manifest(*_genimage(files), Listing([], files.hidden, files.other))
 
 
-def image_files(folder: Path, root: Path) -> list[str]:
-    """Names, relative to the root, of all images in and below a folder, sorted."""
-    return sorted(
-        os.path.relpath(os.path.join(place, name), root)
-        for place, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-    )
+class _Files:
+    """Lists images of a data set, and counts what is left out.
+
+    Args:
+        root: that names are relative to.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.hidden = self.other = 0
+
+    def below(self, folder: Path) -> list[str]:
+        """Sorted names, relative to the folder, of the images in and below it; none if there is no folder."""
+        if not folder.is_dir():
+            return []
+        listing = list_images(folder)
+        self.hidden, self.other = self.hidden + listing.hidden, self.other + listing.other
+        return listing.names
+
+    def within(self, folder: Path) -> list[str]:
+        """The same, relative to the root."""
+        return [f"{folder.relative_to(self.root)}/{name}" for name in self.below(folder)]
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [folder / name for name in list_folders(folder).names] if folder.is_dir() else []
 
 
-# ForenSynths and UniversalFakeDetect: a file is real iff a component of its path is 0_real, fake iff 1_fake
+# ForenSynths and UniversalFakeDetect: a file is real iff a folder above it is 0_real, fake iff one is 1_fake
+
+Splits = tuple[dict[str, Pair], dict[str, Pair], dict[str, Pair]]
 
 
-def _universal(root: Path, classes: Sequence[str] | None) -> Manifest:
+def _universal(files: _Files, classes: Sequence[str] | None) -> Splits:
+    root = files.root
     diffusion = next(
         (path for path in (root / "diffusion_datasets", root / "test/diffusion_datasets") if path.is_dir()),
         None,
     )
+    train, val = (_by_generator(root / split, files, classes) for split in ("train", "val"))
     test = {
-        folder.name: _marked(folder, root)
+        folder.name: _pair(_marked(folder, files), folder)
         for folder in _subfolders(root / "test")
         if folder.name != "diffusion_datasets"
     }
-    if diffusion is not None:
-        test |= _diffusion(diffusion, root)
-    return Manifest(
-        _by_generator(root / "train", root, classes), _by_generator(root / "val", root, classes), test
-    )
+    return train, val, test if diffusion is None else test | _diffusion(diffusion, files)
 
 
-def _by_generator(folder: Path, root: Path, classes: Sequence[str] | None) -> dict[str, Pair]:
+class _Marked(NamedTuple):
+    """A file below a `0_real` or `1_fake`, and the folders between the set's own and that."""
+
+    name: str
+    mark: str
+    folders: frozenset[str]
+
+
+def _by_generator(folder: Path, files: _Files, classes: Sequence[str] | None) -> dict[str, Pair]:
     """Training folders: `<generator>/...` as in UniversalFakeDetect, or the classes of ProGAN as in
     ForenSynths.
     """
     names = {path.name for path in _subfolders(folder)}
-    if not names:
-        return {}
-    if names <= LSUN_CLASSES:
-        return {"progan": _marked(folder, root, classes)}
-    return {name: _marked(folder / name, root, classes) for name in sorted(names)}
+    if names and names <= LSUN_CLASSES:
+        places = {"progan": folder}
+    else:
+        places = {name: folder / name for name in sorted(names)}
+    marked = {name: _marked(place, files) for name, place in places.items()}
+    if classes is not None and marked:
+        there = frozenset[str]().union(*(file.folders for each in marked.values() for file in each))
+        unknown = sorted(set(classes) - there)
+        if unknown:
+            raise MisconfigurationException(
+                f"classes: {folder} has no class folder {', '.join(unknown)}; it has "
+                f"{', '.join(sorted(there)) or 'none'}."
+            )
+        wanted = set(classes)
+        marked = {name: [file for file in each if wanted & file.folders] for name, each in marked.items()}
+    return {name: _pair(each, places[name]) for name, each in marked.items()}
 
 
-def _marked(folder: Path, root: Path, classes: Sequence[str] | None = None) -> Pair:
-    real, fake = [], []
-    for name in image_files(folder, root):
-        components = Path(name).parts
-        if classes is not None and not set(classes) & set(components):
-            continue
-        if "0_real" in components:
-            real.append(name)
-        elif "1_fake" in components:
-            fake.append(name)
+def _marked(folder: Path, files: _Files) -> list[_Marked]:
+    found = []
+    start = folder.relative_to(files.root)
+    for name in files.below(folder):
+        *folders, _ = name.split("/")
+        mark = next((place for place in ("0_real", "1_fake") if place in folders), None)
+        if mark is None:
+            files.other += 1
+        else:
+            found.append(_Marked(f"{start}/{name}", mark, frozenset(folders[: folders.index(mark)])))
+    return found
+
+
+def _pair(marked: Sequence[_Marked], folder: Path) -> Pair:
+    real, fake = ([file.name for file in marked if file.mark == mark] for mark in ("0_real", "1_fake"))
     return _checked(Pair(real, fake), folder, "0_real", "1_fake")
 
 
-def _diffusion(folder: Path, root: Path) -> dict[str, Pair]:
-    sources = {name: image_files(folder / name / "0_real", root) for name in ("imagenet", "laion")}
+def _diffusion(folder: Path, files: _Files) -> dict[str, Pair]:
+    sources = {name: files.within(folder / name / "0_real") for name in ("imagenet", "laion")}
     found = {}
     for place in _subfolders(folder):
         if (place / "1_fake").is_dir():
             source = REALS_OF.get(place.name, "laion")
-            pair = Pair(sources[source], image_files(place / "1_fake", root))
+            pair = Pair(sources[source], files.within(place / "1_fake"))
             found[place.name] = _checked(pair, place, f"../{source}/0_real", "1_fake")
     return found
 
@@ -191,19 +237,22 @@ def _diffusion(folder: Path, root: Path) -> dict[str, Pair]:
 # GenImage: <generator>/[<archive>/]{train,val}/{ai,nature}; by name, as the sorted folders would swap labels
 
 
-def _genimage(root: Path) -> Manifest:
+def _genimage(files: _Files) -> Splits:
     splits: dict[str, dict[str, Pair]] = {"train": {}, "val": {}}
-    for generator in _subfolders(root):
+    for generator in _subfolders(files.root):
         for split, found in splits.items():
             places = [generator / split, *(archive / split for archive in _subfolders(generator))]
             existing = [place for place in places if place.is_dir()]
+            different = {
+                place.resolve(): place for place in reversed(existing)
+            }.values()  # two links, one archive
             if existing:
                 real, fake = (
-                    sorted(name for place in existing for name in image_files(place / kind, root))
+                    sorted(name for place in different for name in files.within(place / kind))
                     for kind in ("nature", "ai")
                 )
                 found[generator.name] = _checked(Pair(real, fake), existing[0], "nature", "ai")
-    return Manifest(splits["train"], {}, splits["val"])
+    return splits["train"], {}, splits["val"]
 
 
 def _checked(pair: Pair, folder: Path, real: str, fake: str) -> Pair:

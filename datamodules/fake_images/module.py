@@ -17,7 +17,6 @@ from datamodules.fake_images.layouts import (
     Manifest,
     Pair,
     held_out,
-    image_files,
     in_paper_order,
     limited,
     printed_name,
@@ -27,6 +26,7 @@ from datamodules.fake_images.transforms import Degradation, FakeImageTransforms
 from datamodules.features import FeatureCache, FeatureDataset
 from datamodules.imagenet import ImageFileDataset
 from datamodules.loading import ResumableLoader, collate_images
+from datamodules.reading import Listing, list_images
 from datamodules.samples.fake_images import write_fake_images
 
 log = logging.getLogger(__name__)
@@ -147,12 +147,21 @@ class FakeImagesDataModule(DataModule):
         if stage in ("fit", "validate"):
             train, val = self._training_sets(manifest)
             if stage == "fit":
+                self._say("train", train, manifest.left_out)
                 self.datasets["train"] = self._open("train", train)
+            self._say("val", val, manifest.left_out)
             self.datasets["val"] = self._open("val", val)
-        elif stage == "test":
-            self.datasets["test"] = self._open("test", self._test_sets(manifest))
-        elif stage == "predict":
-            self.datasets["predict"] = self._images("predict", self._test_sets(manifest))
+        elif stage in ("test", "predict"):
+            split: Split = "test" if stage == "test" else "predict"
+            test = self._test_sets(manifest)
+            self._say(split, test, manifest.left_out)
+            self.datasets[split] = self._open("test", test) if split == "test" else self._images(split, test)
+
+    def _say(self, split: Split, sets: dict[str, Pair], left_out: Listing) -> None:
+        real, fake = (sum(len(pair[kind]) for pair in sets.values()) for kind in (REAL, FAKE))
+        self.announce(
+            split, f"{real} real and {fake} generated images, {len(sets)} sets", self.root, left_out
+        )
 
     @property
     def printed_names(self) -> dict[str, str]:
@@ -273,10 +282,11 @@ class FakeImagesDataModule(DataModule):
     def _folder(self, folder: Path) -> ImageFileDataset:
         if not folder.is_dir():
             raise FileNotFoundError(f"predict_folder: there is no folder {folder}.")
-        names = image_files(folder, folder)
-        if not names:
-            raise FileNotFoundError(f"predict_folder: no images in {folder}.")
-        return ImageFileDataset(folder, names, with_path=True)
+        listing = list_images(folder)
+        if not listing.names:
+            raise FileNotFoundError(f"predict_folder: no images in {folder}{listing.left_out()}.")
+        self.announce("predict", f"{len(listing.names)} images", folder, listing)
+        return ImageFileDataset(folder, listing.names, with_path=True)
 
     # loaders
 
@@ -307,6 +317,7 @@ class FakeImagesDataModule(DataModule):
         dataset = self._dataset(split)
         if not isinstance(dataset, FeatureDataset):
             return super().loader(split)
+        self._check_size(split, dataset)
         train = split == "train"
         rows: Any = dataset  # a sampler only asks for its length
         return ResumableLoader(
