@@ -41,6 +41,11 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What makes a picture upright, by the orientation in its EXIF."""
+_BACK = {
+    Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90,
+    Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
+}
+"""What undoes a turn, where that is not the turn itself."""
 
 
 class _OneSentence(Exception):
@@ -207,6 +212,13 @@ def read_image(path: Path | str) -> Image.Image:
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CorruptSampleError(f"cannot read the image {path} ({reason})") from error
+
+
+def as_stored(picture: Image.Image, path: Path | str) -> Image.Image:
+    """A picture that `read_image` gave, turned back to how its file stores it."""
+    with Image.open(path) as image:
+        turn = _TURNS.get(_orientation(image))
+    return picture if turn is None else picture.transpose(_BACK.get(turn, turn))
 
 
 class _UnknownRange(ValueError):

@@ -2,10 +2,11 @@
 
 import colorsys
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -20,14 +21,23 @@ if TYPE_CHECKING:
 NEEDED = ("scores", "labels", "boxes", "image_id", "index", "path")
 
 
+@runtime_checkable
+class PredictedImages(Protocol):
+    """Data that knows the images that it is predicted on."""
+
+    def predicted_entry(self, index: int) -> dict[str, Any]:
+        """`image_id` and `file_name`, as the annotation file writes them."""
+
+
 class DetectionWriter(PredictionWriter):
     """Writes `detections.json` and the folder `detections/` with drawn pictures after `predict`.
 
     The JSON is a list in COCO's results format, as `pycocotools` and COCO's server read it: `image_id`,
-    `category_id`, `bbox` (x, y, width, height in pixels of the file) and `score`, by image and falling
-    score. Category ids and class names are the data module's `category_ids` and `class_names` where it
-    has them, else the labels themselves. Pictures are drawn by the rank that made the prediction, while it
-    goes on.
+    `category_id`, `bbox` (x, y, width, height in pixels) and `score`, by image and falling score, and beside
+    the ids what they stand for, `file_name` and `category_name`. Ids are those of the annotation file that is
+    predicted on, by the data module's `category_ids` and `predicted_entry` where it has them; else the
+    labels themselves. A class without an id there is left out, and counted. Pictures are drawn by the rank
+    that made the prediction, while it goes on.
 
     Args:
         min_score: detections below it are left out of the JSON; COCO's evaluation wants all, so 0.
@@ -90,38 +100,49 @@ class DetectionWriter(PredictionWriter):
             if self.max_pictures is None or index < self.max_pictures:
                 self._draw(trainer, Path(path), index, [row for row in found if row[4] >= self.draw_score])
             kept = [row for row in found if row[4] >= self.min_score]
-            yield {"index": index, "image_id": image_id, "detections": kept}
+            known = {"image_id": image_id, "file_name": Path(path).name}
+            yield {"index": index, **known, "detections": kept}
 
     def write(self, trainer: Trainer, module: LightningModule, rows: Iterator[dict[str, Any]]) -> None:
         """The JSON, one detection a line."""
-        ids = getattr(getattr(trainer, "datamodule", None), "category_ids", None) or ()
+        data = getattr(trainer, "datamodule", None)
+        ids = getattr(data, "category_ids", None) or ()
         path = run_directory(trainer) / "detections.json"
-        images = count = 0
+        images = count = nameless = 0
         with replaced_atomically(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             file.write("[")
             for row in rows:
                 images += 1
+                known = data.predicted_entry(row["index"]) if isinstance(data, PredictedImages) else row
                 for *bbox, score, label in row["detections"]:
                     category = ids[label] if label < len(ids) else label
-                    if category < 0:  # a label between the data's category ids
+                    if category == -1:
+                        nameless += 1
                         continue
                     result = {
-                        "image_id": row["image_id"],
+                        "image_id": known["image_id"],
+                        "file_name": known["file_name"],
                         "category_id": category,
+                        "category_name": self._name(label),
                         "bbox": bbox,
                         "score": score,
                     }
                     file.write(f"{',' if count else ''}\n{json.dumps(result)}")
                     count += 1
             file.write("\n]\n")
-        announce(trainer, f"{count} detections in {images} images written to {path}")
+        lost = f" ({nameless} of labels without a category there are left out)" if nameless else ""
+        announce(trainer, f"{count} detections in {images} images written to {path}{lost}")
         if self.max_pictures != 0:
             announce(trainer, f"pictures drawn in {pictures(trainer)}")
 
     def _draw(self, trainer: Trainer, source: Path, index: int, found: list[list[float]]) -> None:
         picture = open_picture(trainer, source, index)
         drawn = draw_detections(picture, found, self._names, self.max_side)
-        drawn.save(pictures(trainer) / f"{index:06d}_{source.stem}.jpg", quality=90)
+        stem = os.fsdecode(os.fsencode(source.stem)[:200])  # a name has room for 255 bytes
+        drawn.save(pictures(trainer) / f"{index:06d}_{stem}.jpg", quality=90)
+
+    def _name(self, label: int) -> str:
+        return self._names[label] if label < len(self._names) else f"class {label}"
 
 
 def pictures(trainer: Trainer) -> Path:

@@ -7,23 +7,55 @@ it, and from then on mapped into memory: processes share the pages, and only wha
 
 import hashlib
 import json
+import logging
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.coco import values
+from datamodules.coco.segmentation import short_parts
+from datamodules.coco.values import shown
+from datamodules.reading import DataError
 from datamodules.samples.writing import atomic_folder
 
-_VERSION = 1
+log = logging.getLogger(__name__)
+
+Row = TypeVar("Row")
+
+CAPTION = -1
+"""Category of what has a caption and no box."""
+
+_VERSION = 2
+_SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
+_FILES = ("images", "objects", "text")
 _IMAGE = np.dtype(
-    [("id", "i8"), ("height", "i4"), ("width", "i4"), ("first", "i8"), ("count", "i4"), ("name", "i8", 2)]
+    [
+        ("id", "i8"),
+        ("key", "i8", 2),
+        ("height", "i4"),
+        ("width", "i4"),
+        ("first", "i8"),
+        ("count", "i4"),
+        ("name", "i8", 2),
+    ]
 )
 _OBJECT = np.dtype(
-    [("id", "i8"), ("category", "i8"), ("bbox", "f8", 4), ("area", "f8"), ("crowd", "?"), ("text", "i8", 2)]
+    [
+        ("entry", "i8"),
+        ("category", "i4"),
+        ("bbox", "f8", 4),
+        ("area", "f8"),
+        ("crowd", "?"),
+        ("short", "i4"),
+        ("text", "i8", 2),
+    ]
 )
 
 
@@ -31,15 +63,15 @@ class CocoAnnotations:
     """Images and annotations of a COCO JSON; images keep the order of the file, and so do those of an image.
 
     The arrays are made when they are not there yet, beside the JSON or, where that folder cannot be
-    written, in the user's cache. They are made again when size or time of the JSON have changed. What is
-    pickled (for a worker) is the path alone.
+    written, in the user's cache. They are made again when size or time of the JSON have changed, or when they
+    cannot be read. What is pickled (for a worker) is the path alone.
 
     Args:
         path: of the JSON.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no COCO file; names the file and what is wrong in it.
+        DataError: it is no COCO file; names the file and what is wrong in it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,13 +81,14 @@ class CocoAnnotations:
         self._open()
 
     def _open(self) -> None:
-        folder = _index_folder(self.path)
-        meta = json.loads((folder / "meta.json").read_text())
+        meta, arrays = _index(self.path)
         self.categories: list[dict[str, Any]] = meta["categories"]
-        """`id` and `name` of each category, by id."""
-        self.images: NDArray[Any] = np.load(folder / "images.npy", mmap_mode="r")
-        self.objects: NDArray[Any] = np.load(folder / "objects.npy", mmap_mode="r")
-        self._text: NDArray[np.uint8] = np.load(folder / "text.npy", mmap_mode="r")
+        """`id`, as the file writes it, and `name` of each category, by id."""
+        self.numbered: bool = meta["numbered"]
+        """Whether the images' ids are numbers; otherwise `images["id"]` are positions in the file."""
+        self.climbing: list[int] = meta["climbing"]
+        """Images whose file name is absolute or has a part `..`."""
+        self.images, self.objects, self._text = arrays
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -68,16 +101,29 @@ class CocoAnnotations:
         return len(self.images)
 
     @property
-    def category_ids(self) -> list[int]:
-        """Ids of the categories, ascending."""
+    def category_ids(self) -> list[int | str]:
+        """Ids of the categories, ascending, as the file writes them."""
         return [category["id"] for category in self.categories]
 
     def file_name(self, index: int) -> str:
         """Of an image."""
-        return self._read(self.images[index]["name"]).decode()
+        return self._read(self.images[index]["name"]).decode("utf-8", "surrogatepass")
+
+    def image_id(self, index: int) -> int | str:
+        """Of an image, as the file writes it."""
+        written = self._read(self.images[index]["key"])
+        return json.loads(written) if written else int(self.images[index]["id"])
+
+    def image_key(self, index: int) -> int | str:
+        """The id of an image as it compares with those of another file on the same images."""
+        if self.numbered:
+            return int(self.images[index]["id"])
+        return values.identifier({"id": self.image_id(index)}, "id")
 
     def of(self, index: int) -> NDArray[Any]:
-        """Annotations of an image, structured: `id`, `category`, `bbox` (x, y, w, h), `area`, `crowd`."""
+        """Annotations of an image, structured: `entry`, the place in the file, `category`, the place in
+        `categories` or `CAPTION`, `bbox` (x, y, w, h), `area`, `crowd`, and `short`, see `short_parts`.
+        """
         image = self.images[index]
         return self.objects[image["first"] : image["first"] + image["count"]]
 
@@ -87,32 +133,38 @@ class CocoAnnotations:
         return json.loads(text) if text else None
 
     def caption(self, annotation: Any) -> str:
-        """Of an annotation of a captions file."""
-        return self._read(annotation["text"]).decode()
+        """Of an annotation of the category `CAPTION`."""
+        return self._read(annotation["text"]).decode("utf-8", "surrogatepass")
 
     def _read(self, place: Sequence[int]) -> bytes:
         return self._text[place[0] : place[1]].tobytes()
 
 
-def _index_folder(path: Path) -> Path:
-    """The arrays of a JSON, made if need be."""
+# The arrays on disk
+
+
+def _index(path: Path) -> tuple[dict[str, Any], list[NDArray[Any]]]:
+    """What the arrays of a JSON hold, made if need be."""
     status = path.stat()
     name = f"{path.stem}-{status.st_size}-{status.st_mtime_ns}-{_VERSION}"
-    beside = path.parent / ".index" / name
-    digest = hashlib.sha1(str(path.resolve()).encode()).hexdigest()[:12]
-    candidates = [beside, _user_cache() / digest / name]
+    digest = hashlib.sha1(str(path.resolve()).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    candidates = [path.parent / ".index" / name, _user_cache() / digest / name]
     for folder in candidates:
         if (folder / "meta.json").is_file():
-            return folder
-    arrays = _parse(path)
+            try:
+                return _load(folder)
+            except (OSError, ValueError, TypeError, EOFError) as error:
+                log.warning("%s cannot be read and is made again (%s).", folder, error)
+                shutil.rmtree(folder, ignore_errors=True)
+    content = _parse(path)
     for folder in candidates:
         try:
             with atomic_folder(folder) as target:
-                _save(target, *arrays)
-            return folder
-        except OSError as error:
+                _save(target, *content)
+            return _load(folder)
+        except (OSError, ValueError) as error:
             refused = error
-    raise OSError(
+    raise DataError(
         f"The index of {path} can be written neither beside it nor to {candidates[1].parent}: {refused}."
     )
 
@@ -126,54 +178,173 @@ def _user_cache() -> Path:
 
 
 def _save(
-    folder: Path, categories: list[dict[str, Any]], images: NDArray[Any], objects: NDArray[Any], text: bytes
+    folder: Path, meta: dict[str, Any], images: NDArray[Any], objects: NDArray[Any], text: bytes
 ) -> None:
-    np.save(folder / "images.npy", images)
-    np.save(folder / "objects.npy", objects)
-    np.save(folder / "text.npy", np.frombuffer(text or b"\0", np.uint8))
-    (folder / "meta.json").write_text(json.dumps({"categories": categories}))
+    for name, array in zip(_FILES, (images, objects, np.frombuffer(text or b"\0", np.uint8)), strict=True):
+        np.save(folder / f"{name}.npy", array)
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _parse(path: Path) -> tuple[list[dict[str, Any]], NDArray[Any], NDArray[Any], bytes]:
-    """Categories, images, annotations and texts of a JSON."""
+def _load(folder: Path) -> tuple[dict[str, Any], list[NDArray[Any]]]:
+    meta = json.loads((folder / "meta.json").read_text())
+    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _FILES]
+    kinds = [array.dtype for array in arrays]
+    known = {"categories", "numbered", "climbing"} <= set(meta)
+    if kinds != [_IMAGE, _OBJECT, np.dtype(np.uint8)] or not known:
+        raise ValueError("it holds something else")
+    return meta, arrays
+
+
+# The JSON
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], NDArray[Any], NDArray[Any], bytes]:
+    """Meta data, images, annotations and texts of a JSON."""
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or "images" not in content:
-        raise ValueError(f"{path} is no COCO annotation file: it has no list 'images'.")
-    try:
-        return _arrays(path, content)
-    except KeyError as error:
-        raise ValueError(f"{path}: an image, annotation or category has no field {error}.") from error
-
-
-def _arrays(
-    path: Path, content: dict[str, Any]
-) -> tuple[list[dict[str, Any]], NDArray[Any], NDArray[Any], bytes]:
-    """What `_parse` gives, of a file's content; a field that is not there is a KeyError."""
-    categories: list[dict[str, Any]] = [
-        {"id": int(entry["id"]), "name": str(entry["name"])} for entry in content.get("categories", [])
-    ]
-    categories.sort(key=lambda entry: entry["id"])
-    listed = content["images"]
-    place = {entry["id"]: number for number, entry in enumerate(listed)}
-    if len(place) != len(listed):
-        raise ValueError(f"{path}: two images have one id.")
-    owners = [_owner(path, entry, place) for entry in content.get("annotations", [])]
-    order = np.argsort(np.asarray(owners, np.int64), kind="stable")
-    known = {entry["id"] for entry in categories}
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise DataError(f"{path} is no COCO annotation file: it has no list 'images'.")
+    entries = {name: content.get(name) or [] for name in ("images", "annotations", "categories")}
+    for name, listed in entries.items():
+        if not isinstance(listed, list):
+            raise DataError(f"{path}: '{name}' is {shown(listed)}; a list is needed.")
     text = _Texts()
-    objects = np.zeros(len(order), _OBJECT)
-    for row, source in enumerate(order.tolist()):
-        objects[row] = _object(path, content["annotations"][source], known, text)
-    counts = np.bincount(np.asarray(owners, np.int64), minlength=len(listed))
-    images = np.zeros(len(listed), _IMAGE)
-    for row, entry in enumerate(listed):
-        size = (entry.get("height", 0), entry.get("width", 0))
-        images[row] = (entry["id"], *size, 0, counts[row], text.add(entry["file_name"].encode()))
+    categories, rows = _categories(path, entries["categories"])
+    images, owners, meta = _images(path, entries["images"], text)
+    objects, counts = _objects(path, entries["annotations"], owners, rows, text)
+    images["count"] = counts
     images["first"] = np.cumsum(counts) - counts
-    return categories, images, objects, text.joined()
+    return {"categories": categories, **meta}, images, objects, text.joined()
+
+
+def _each(
+    path: Path,
+    kind: str,
+    listed: list[Any],
+    read: Callable[[dict[str, Any]], Row],
+    order: Iterable[int] | None = None,
+) -> Iterator[Row]:
+    """What is read of each entry of a list; what is wrong with one is an error that names it."""
+    for place in range(len(listed)) if order is None else order:
+        entry = listed[place]
+        try:
+            if not isinstance(entry, dict):
+                raise ValueError(f"is {shown(entry)}; an object with fields is needed")
+            yield read(entry)
+        except KeyError as error:
+            raise DataError(f"{path}: {_called(kind, place, entry)} has no field {error}.") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: {_called(kind, place, entry)} {error}.") from error
+
+
+def _called(kind: str, place: int, entry: Any) -> str:
+    """`annotation 5 (annotations[0])`."""
+    known = entry.get("id") if isinstance(entry, dict) else None
+    return f"{kind}[{place}]" if known is None else f"{_SINGULAR[kind]} {shown(known)} ({kind}[{place}])"
+
+
+def _categories(path: Path, listed: list[Any]) -> tuple[list[dict[str, Any]], dict[int | str, int]]:
+    """The categories by id, and the row of each id.
+
+    Raises:
+        DataError: one id has two names.
+    """
+
+    def read(entry: dict[str, Any]) -> tuple[int | str, dict[str, Any]]:
+        key, name = values.identifier(entry, "id"), values.text(entry, "name")
+        if names.setdefault(key, name) != name:
+            raise ValueError(f"is called {shown(name)}, but that id is {shown(names[key])}'s already")
+        return key, {"id": _written(entry["id"], key), "name": name}
+
+    names: dict[int | str, str] = {}
+    found = dict(_each(path, "categories", listed, read))
+    ordered = sorted(found, key=lambda key: (isinstance(key, str), key))
+    return [found[key] for key in ordered], {key: row for row, key in enumerate(ordered)}
+
+
+def _written(value: Any, key: int | str) -> int | str:
+    """An id as results have to repeat it: a text stays one."""
+    return value if isinstance(value, str) else key
+
+
+def _images(
+    path: Path, listed: list[Any], text: "_Texts"
+) -> tuple[NDArray[Any], dict[int | str, int], dict[str, Any]]:
+    """The images, the row of each id, and what the meta data say of them."""
+
+    def read(entry: dict[str, Any]) -> tuple[int | str, str, int, int, bytes]:
+        key = values.identifier(entry, "id")
+        size = values.extent(entry, "height"), values.extent(entry, "width")
+        written = json.dumps(_written(entry["id"], key)).encode()
+        return key, _file_name(entry), *size, written
+
+    found = list(_each(path, "images", listed, read))
+    rows: dict[int | str, int] = {}
+    for row, (key, *_) in enumerate(found):
+        if rows.setdefault(key, row) != row:
+            raise DataError(
+                f"{path}: two images have one id, {shown(key)} (images[{rows[key]}] and images[{row}])."
+            )
+    numbered = all(isinstance(key, int) and -(2**63) <= key < 2**63 for key in rows)
+    images = np.zeros(len(found), _IMAGE)
+    for row, (key, name, height, width, written) in enumerate(found):
+        plain = numbered and written == str(key).encode()
+        images[row] = (
+            key if numbered else row,
+            (0, 0) if plain else text.add(written),
+            *(height, width, 0, 0),
+            text.add(name.encode("utf-8", "surrogatepass")),
+        )
+    climbing = [
+        row
+        for row, (_, name, *_) in enumerate(found)
+        if os.path.isabs(name) or ".." in re.split(r"[/\\]", name)
+    ]
+    return images, rows, {"numbered": numbered, "climbing": climbing}
+
+
+def _file_name(entry: dict[str, Any]) -> str:
+    """Relative to the folder of the images; LVIS has none, but the address of COCO's image."""
+    if entry.get("file_name") is None and isinstance(entry.get("coco_url"), str):
+        return "/".join(entry["coco_url"].split("/")[-2:])
+    return values.text(entry, "file_name")
+
+
+def _objects(
+    path: Path, listed: list[Any], owners: dict[int | str, int], rows: dict[int | str, int], text: "_Texts"
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The annotations in the order of their images, and how many each image has."""
+
+    def owner(entry: dict[str, Any]) -> int:
+        key = values.identifier(entry, "image_id")
+        if key not in owners:
+            raise ValueError(f"is of image {shown(entry['image_id'])}, which is not in the file")
+        return owners[key]
+
+    def instance(entry: dict[str, Any]) -> tuple[Any, ...]:
+        if entry.get("bbox") is None and "category_id" not in entry and isinstance(entry.get("caption"), str):
+            words = entry["caption"].encode("utf-8", "surrogatepass")
+            return CAPTION, (0, 0, 0, 0), 0, False, 0, text.add(words)
+        box = values.box(entry)
+        category = values.identifier(entry, "category_id")
+        if category not in rows:
+            raise ValueError(f"has the category {shown(entry['category_id'])}, which is not in the file")
+        shape = entry.get("segmentation")
+        stored = text.add(json.dumps(shape, separators=(",", ":")).encode() if shape else b"")
+        size = values.area(entry, box[2] * box[3])
+        return rows[category], box, size, values.crowd(entry), short_parts(shape), stored
+
+    places = np.fromiter(_each(path, "annotations", listed, owner), np.int64)
+    order = np.argsort(places, kind="stable").tolist()
+    objects = np.zeros(len(listed), _OBJECT)
+    found = _each(path, "annotations", listed, instance, order)
+    for row, (entry, fields) in enumerate(zip(order, found, strict=True)):
+        objects[row] = (entry, *fields)
+    return objects, np.bincount(places, minlength=len(owners))
 
 
 class _Texts:
@@ -191,33 +362,3 @@ class _Texts:
 
     def joined(self) -> bytes:
         return b"".join(self._parts)
-
-
-def _owner(path: Path, entry: dict[str, Any], place: dict[int, int]) -> int:
-    if entry.get("image_id") not in place:
-        raise ValueError(
-            f"{path}: annotation {entry.get('id')} is of image "
-            f"{entry.get('image_id')}, which is not in the file."
-        )
-    return place[entry["image_id"]]
-
-
-def _object(path: Path, entry: dict[str, Any], categories: Iterable[int], text: _Texts) -> tuple[Any, ...]:
-    """One row of `_OBJECT`, from an instance or a caption."""
-    if "caption" in entry:
-        return entry["id"], 0, (0, 0, 0, 0), 0, False, text.add(entry["caption"].encode())
-    box = [float(value) for value in entry["bbox"]]
-    if len(box) != 4 or not np.isfinite(box).all() or box[2] < 0 or box[3] < 0:
-        raise ValueError(
-            f"{path}: annotation {entry['id']} has the bbox {entry['bbox']}; four finite numbers x, "
-            "y, width, height are needed, and no negative width or height."
-        )
-    if entry["category_id"] not in categories:
-        raise ValueError(
-            f"{path}: annotation {entry['id']} has the category "
-            f"{entry['category_id']}, which is not in the file."
-        )
-    shape = entry.get("segmentation")
-    stored = text.add(json.dumps(shape, separators=(",", ":")).encode() if shape else b"")
-    area = float(entry.get("area", box[2] * box[3]))
-    return entry["id"], entry["category_id"], tuple(box), area, bool(entry.get("iscrowd", 0)), stored

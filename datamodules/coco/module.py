@@ -1,22 +1,22 @@
 """COCO, and whatever else comes in its format."""
 
-import os
+import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import Dataset
-
 from datamodules.base import DataModule, Split
 from datamodules.coco.annotations import CocoAnnotations
+from datamodules.coco.dataset import CocoDataset, PictureFolder, collate_detection
+from datamodules.coco.labels import NO_CLASS, check_names, ids_by_label, names_by_label, numbered_labels
 from datamodules.coco.transforms import DecoTransforms, DetectionTransforms
-from datamodules.reading import list_images, read_image
+from datamodules.coco.values import shown
+from datamodules.loading import default_ranks
+from datamodules.reading import DataError
 from datamodules.samples.coco import SceneStyle, write_coco
+
+log = logging.getLogger(__name__)
 
 ARCHIVES = {
     "annotations": ("annotations/annotations_trainval2017.zip", "f4bbac642086de4f52a3fdda2de5fa2c"),
@@ -24,184 +24,6 @@ ARCHIVES = {
     "train2017": ("zips/train2017.zip", "cced6f7f71b7629ddf16f17bbcfab6b2"),
 }
 """Folder, address under images.cocodataset.org and MD5 of what `download: true` fetches (19 GB)."""
-
-
-class CocoDataset(Dataset[dict[str, Any]]):
-    """Images with their objects, read when asked for.
-
-    Samples: `image` (Pillow's, RGB), `boxes` (n, 4) float32 pixel corners clipped to the image, `labels`
-    (n,) int64, `orig_size` (2,) as height and width, `image_id`, `index`, `path`; if asked for, `masks`
-    (n, H, W) bool, `captions` (strings), and `annotations`, the ground truth for COCO's evaluation as
-    dictionaries of `bbox` (x, y, w, h), `area`, `iscrowd` and `category_id` (the label). Crowds, and boxes
-    without area, are only in the last. Boxes and masks are torchvision's tv_tensors.
-
-    Args:
-        folder: of the images.
-        annotations: of them.
-        labels: from category ids to labels; other categories are left out.
-        masks: add the objects' masks.
-        truth: add `annotations`.
-        captions: annotations to take captions from, for the same images.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        annotations: CocoAnnotations,
-        labels: Mapping[int, int],
-        masks: bool = False,
-        truth: bool = False,
-        captions: CocoAnnotations | None = None,
-    ) -> None:
-        self.folder = folder
-        self.annotations = annotations
-        self.labels = dict(labels)
-        self.masks = masks
-        self.truth = truth
-        self.captions = captions
-        self._caption_rows: dict[int, int] | None = None
-
-    def __len__(self) -> int:
-        return len(self.annotations)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        path = os.path.join(self.folder, self.annotations.file_name(index))
-        image = read_image(path)
-        found = self.annotations.of(index)
-        found = found[np.isin(found["category"], list(self.labels))]
-        boxes = _clipped_corners(found["bbox"], image.width, image.height)
-        kept = ~found["crowd"] & (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-        sample: dict[str, Any] = {
-            "image": image,
-            "index": index,
-            "path": path,
-            "image_id": int(self.annotations.images[index]["id"]),
-            **_objects(boxes[kept], [self.labels[int(key)] for key in found["category"][kept]], image.size),
-        }
-        if self.masks:
-            sample["masks"] = self._masks(found[kept], image.height, image.width)
-        if self.truth:
-            sample["annotations"] = [self._truth(annotation) for annotation in found]
-        if self.captions is not None:
-            sample["captions"] = self._captions(self.captions, sample["image_id"])
-        return sample
-
-    def _truth(self, annotation: Any) -> dict[str, Any]:
-        return {
-            "bbox": annotation["bbox"].tolist(),
-            "area": float(annotation["area"]),
-            "iscrowd": int(annotation["crowd"]),
-            "category_id": self.labels[int(annotation["category"])],
-        }
-
-    def _masks(self, annotations: NDArray[Any], height: int, width: int) -> Tensor:
-        from torchvision.tv_tensors import Mask
-
-        shapes = [self.annotations.segmentation(annotation) for annotation in annotations]
-        masks = [decode_segmentation(shape, height, width) for shape in shapes]
-        stacked = np.stack(masks) if masks else np.zeros((0, height, width), np.bool_)
-        return Mask(torch.from_numpy(stacked))
-
-    def _captions(self, captions: CocoAnnotations, image_id: int) -> list[str]:
-        if self._caption_rows is None:
-            self._caption_rows = {int(key): row for row, key in enumerate(captions.images["id"])}
-        row = self._caption_rows.get(image_id)
-        return [] if row is None else [captions.caption(entry) for entry in captions.of(row)]
-
-
-class PictureFolder(Dataset[dict[str, Any]]):
-    """Pictures to predict on, as samples without objects.
-
-    Image ids are the numbers that the files are called by if all are, as in COCO, and else the positions in
-    the sorted list.
-
-    Args:
-        folder: of the image files.
-
-    Raises:
-        FileNotFoundError: it is none, or there are no images in it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"predict_folder: there is no folder {folder}.")
-        self.folder = folder
-        self.names = list_images(folder).names
-        if not self.names:
-            raise FileNotFoundError(f"predict_folder: there are no images in {folder}.")
-        stems = [Path(name).stem for name in self.names]
-        numbered = all(stem.isdecimal() for stem in stems) and len({int(stem) for stem in stems}) == len(
-            stems
-        )
-        self.ids = [int(stem) for stem in stems] if numbered else list(range(len(stems)))
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        path = str(self.folder / self.names[index])
-        image = read_image(path)
-        known = {"image": image, "index": index, "path": path, "image_id": self.ids[index]}
-        return {**known, **_objects(np.zeros((0, 4)), [], image.size)}
-
-
-def _objects(boxes: NDArray[Any], labels: list[int], size: tuple[int, int]) -> dict[str, Any]:
-    """`boxes`, `labels` and `orig_size` of an image of `size` (width, height)."""
-    from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
-
-    canvas = (size[1], size[0])
-    corners = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    kind = BoundingBoxFormat.XYXY
-    return {
-        "boxes": BoundingBoxes(corners, format=kind, canvas_size=canvas),
-        "labels": torch.tensor(labels, dtype=torch.int64),
-        "orig_size": torch.tensor(canvas),
-    }
-
-
-def _clipped_corners(boxes: NDArray[np.float64], width: int, height: int) -> NDArray[np.float64]:
-    """(n, 4) as x, y, w, h to corners within the image."""
-    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    return corners.clip(0, (width, height, width, height))
-
-
-def decode_segmentation(shape: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """Polygons, or compressed or plain run lengths, of a COCO annotation as a mask (height, width)."""
-    from pycocotools import mask as coco_mask
-
-    if not shape:
-        return np.zeros((height, width), np.bool_)
-    if isinstance(shape, list):
-        lengths = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
-    elif isinstance(shape["counts"], list):
-        lengths = coco_mask.frPyObjects(shape, height, width)
-    else:
-        lengths = shape
-    return coco_mask.decode(lengths).astype(np.bool_)
-
-
-def collate_detection(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Makes a batch of transformed samples, see `CocoDataModule`."""
-    height, width = (max(int(sample["size"][axis]) for sample in samples) for axis in (0, 1))
-    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
-    mask = torch.ones(len(samples), height, width, dtype=torch.bool)
-    targets = []
-    for place, sample in enumerate(samples):
-        rows, columns = sample["size"].tolist()
-        images[place, :, :rows, :columns] = sample["image"]
-        mask[place, :rows, :columns] = False
-        names = ("boxes", "labels", "size", "orig_size", "masks")
-        target = {name: sample[name] for name in names if name in sample}
-        targets.append({**target, "image_id": torch.tensor(sample["image_id"])})
-    batch = {
-        "image": images.float().div_(255),
-        "mask": mask,
-        "targets": targets,
-        "index": torch.tensor([sample["index"] for sample in samples]),
-        "path": [sample["path"] for sample in samples],
-    }
-    lists = ("captions", "annotations")
-    return batch | {name: [sample[name] for sample in samples] for name in lists if name in samples[0]}
 
 
 class CocoDataModule(DataModule):
@@ -214,6 +36,9 @@ class CocoDataModule(DataModule):
     batch and on disk, "image_id", and, if asked for, "masks" bool (n, h, w); if asked for, "captions", B
     lists of strings; in evaluation "annotations", B lists of dicts for COCO's evaluation, crowds included.
 
+    Labels go by the categories' names in the training file, whatever ids another file gives them. Pictures
+    are upright, or as they are stored where the size in the annotation file says that they were annotated so.
+
     Args:
         transforms: recipe; null is DECO's.
         train_split: name of the training split.
@@ -222,11 +47,13 @@ class CocoDataModule(DataModule):
             annotations.
         images: folder of a split's images, under root.
         instances: annotation file of a split, under root.
-        contiguous_labels: labels are the places of the sorted category ids; otherwise the ids themselves.
+        contiguous_labels: labels are the places of the training file's sorted category ids; otherwise the ids
+            themselves, which then must be numbers.
         classes: names of the only categories to use, such as ``[person]``; null is all.
         masks: add the objects' masks to the targets.
         captions: annotation file of a split with captions, under root
             (``annotations/captions_{split}.json``); null adds none.
+        allow_outside: read files that the annotations name outside of root, by `..` or an absolute path.
         predict_folder: images to predict on; null is the test split.
         batch_size: samples of a training batch, on each device.
         sample_size: number of training images that ``sample: true`` writes; a quarter as many to evaluate on.
@@ -252,6 +79,7 @@ class CocoDataModule(DataModule):
         classes: list[str] | None = None,
         masks: bool = False,
         captions: str | None = None,
+        allow_outside: bool = False,
         predict_folder: Path | None = None,
         batch_size: int = 2,
         sample_size: int = 200,
@@ -272,11 +100,14 @@ class CocoDataModule(DataModule):
         self.classes = classes
         self.masks = masks
         self.captions = captions
+        self.allow_outside = allow_outside
         self.predict_folder = predict_folder
         self.sample_size = sample_size
         self.sample_image_size = sample_image_size
         self.sample_style = sample_style
         self._opened: dict[Path, CocoAnnotations] = {}
+        self._labels: dict[str, int] | None = None
+        self._labels_of = ""
 
     # data on disk
 
@@ -311,7 +142,8 @@ class CocoDataModule(DataModule):
 
         Raises:
             FileNotFoundError: an image folder or annotation file is not there; names the path.
-            ValueError: `classes` are unknown, or an annotation file is wrong.
+            DataError: `classes` are unknown, an annotation file is wrong, or there is nothing to learn from
+                it or to measure by it.
         """
         wanted: dict[str, tuple[Split, ...]] = {
             "fit": ("train", "val"),
@@ -323,15 +155,15 @@ class CocoDataModule(DataModule):
             self.datasets["predict"] = PictureFolder(self.predict_folder)
             return
         for split in wanted[stage]:
-            place: Split = "predict" if stage == "predict" else split
-            self.datasets[place] = self._open(split, truth=stage != "predict" and split != "train")
+            truth = stage != "predict" and split != "train"
+            dataset = self._open(split, truth)
+            self.datasets["predict" if stage == "predict" else split] = dataset
+            if stage != "predict":
+                self._count(split, dataset, needed=stage != "fit" or split == "train")
 
     def _open(self, split: Split, truth: bool) -> CocoDataset:
         name = self.splits[split]
-        folder, path = (
-            self.root / self.images.format(split=name),
-            self.root / self.instances.format(split=name),
-        )
+        folder, path = self.root / self.images.format(split=name), self._path(split)
         self.require(folder)
         self.require(path)
         captions = None
@@ -339,7 +171,47 @@ class CocoDataModule(DataModule):
             self.require(self.root / self.captions.format(split=name))
             captions = self._annotations(self.root / self.captions.format(split=name))
         annotations = self._annotations(path)
-        return CocoDataset(folder, annotations, self._labels(annotations), self.masks, truth, captions)
+        if not len(annotations):
+            raise DataError(f"{path} lists no images.")
+        labels = self.labels
+        if self.classes is None:
+            check_names(annotations, labels, self._labels_of)
+        dataset = CocoDataset(folder, annotations, labels, self.masks, truth, captions)
+        outside = [] if self.allow_outside else dataset.outside(self.root)
+        if outside:
+            raise DataError(
+                f"{path}: the file_name {shown(annotations.file_name(outside[0]))} (images[{outside[0]}]) "
+                f"leads out of root={self.root}; set data.init_args.allow_outside: true to read such files."
+            )
+        return dataset
+
+    def _count(self, split: Split, dataset: CocoDataset, needed: bool) -> None:
+        """Say what a split has, and what is left out; stop where nothing is left."""
+        census, path = dataset.census(), dataset.annotations.path
+        left_out = [
+            (census.empty, "boxes without area or outside of their picture"),
+            (census.other, "objects of other classes"),
+        ]
+        if self.masks:
+            left_out.append((census.short, "polygon parts of fewer than three points"))
+        parts = [f"{count} {kind}" for count, kind in left_out if count]
+        said = f"; left out: {', '.join(parts)}" if parts else ""
+        said = f"{census.objects} objects and {census.crowds} crowds in {len(dataset)} images{said}"
+        if census.reaching:
+            said += f"; {census.reaching} boxes reach out of their picture, and training sees them clipped"
+        if self.masks and census.shapeless:
+            said += f"; {census.shapeless} objects have no segmentation, so their masks are empty"
+        if not census.objects and needed:
+            purpose = "learn from" if split == "train" else "measure by"
+            raise DataError(f"{path} has nothing to {purpose}: {said}.")
+        if default_ranks()[0] == 0:
+            odd = census.empty or not census.objects or (self.masks and (census.short or census.shapeless))
+            level = logging.WARNING if odd else logging.INFO
+            log.log(level, "%s, %s: %s has %s.", type(self).__name__, split, path, said)
+
+    def _path(self, split: Split) -> Path:
+        """The annotation file of a split."""
+        return self.root / self.instances.format(split=self.splits[split])
 
     def _annotations(self, path: Path) -> CocoAnnotations:
         if path not in self._opened:
@@ -348,43 +220,85 @@ class CocoDataModule(DataModule):
 
     # classes
 
-    def _labels(self, annotations: CocoAnnotations) -> dict[int, int]:
-        """From the ids of the chosen categories to labels."""
-        names = {entry["name"]: entry["id"] for entry in annotations.categories}
-        unknown = sorted(set(self.classes or ()) - set(names))
-        if unknown:
-            raise ValueError(
-                f"classes: {annotations.path} has no category {', '.join(unknown)}; it has "
-                f"{', '.join(names)}."
-            )
-        ids = sorted(key for name, key in names.items() if self.classes is None or name in self.classes)
-        return {key: place if self.contiguous_labels else key for place, key in enumerate(ids)}
+    @property
+    def _numbering(self) -> Path:
+        """The annotation file of training, or of val or test where there is none."""
+        return next((path for path in map(self._path, self.splits) if path.is_file()), self._path("train"))
 
     @property
-    def _reference(self) -> CocoAnnotations:
-        """The annotations that say which classes there are: the first of train, val and test that exist."""
-        paths = [self.root / self.instances.format(split=split) for split in self.splits.values()]
-        path = next((path for path in paths if path.is_file()), paths[0])
-        self.require(path)
-        return self._annotations(path)
+    def labels(self) -> dict[str, int]:
+        """The label of each class name, as the training file numbers them, or a model that was loaded."""
+        if self._labels is None:
+            path = self._numbering
+            self.require(path)
+            if path != self._path("train") and default_ranks()[0] == 0:
+                log.warning(
+                    "%s: there is no %s, so labels are numbered as in %s.",
+                    *(type(self).__name__, self._path("train"), path),
+                )
+            self._labels = numbered_labels(self._annotations(path), self.contiguous_labels, self.classes)
+            self._labels_of = str(path)
+        return self._labels
 
-    @property
-    def category_ids(self) -> list[int]:
-        """The COCO id of each label; -1 for labels that no category has."""
-        labels = self._labels(self._reference)
-        ids = dict(zip(labels.values(), labels, strict=True))
-        return [ids.get(label, -1) for label in range(max(ids) + 1)]
+    def use_class_names(self, names: Sequence[str]) -> None:
+        """Number the labels as somebody else does, such as a trained model; also in what is open already.
+
+        Args:
+            names: of the labels, in order.
+
+        Raises:
+            DataError: an open file has a class that is not among them.
+        """
+        labels = {name: label for label, name in enumerate(names) if name != NO_CLASS}
+        source = "the model that was loaded"
+        if self.classes is not None:
+            unknown = sorted(set(self.classes) - set(labels))
+            if unknown:
+                raise DataError(
+                    f"classes: {source} has no class {', '.join(unknown)}; it has {', '.join(labels)}."
+                )
+            labels = {name: label for name, label in labels.items() if name in self.classes}
+        for dataset in self.datasets.values():
+            if isinstance(dataset, CocoDataset):
+                if self.classes is None:
+                    check_names(dataset.annotations, labels, source)
+                dataset.relabel(labels)
+        self._labels, self._labels_of = labels, source
 
     @property
     def class_names(self) -> list[str]:
         """The name of each label; `no class` for labels that no category has."""
-        names = {entry["id"]: entry["name"] for entry in self._reference.categories}
-        return [names.get(key, "no class") for key in self.category_ids]
+        return names_by_label(self.labels)
 
     @property
     def num_classes(self) -> int:
         """One more than the largest label."""
-        return len(self.category_ids)
+        return max(self.labels.values()) + 1
+
+    # predictions
+
+    @property
+    def category_ids(self) -> list[int | str]:
+        """The COCO id of each label in the file that is predicted on, where that has categories, and else in
+        the one that numbers the labels; -1 for labels that no category has.
+        """
+        labels, predicted = self.labels, self.datasets.get("predict")
+        if isinstance(predicted, CocoDataset) and predicted.annotations.categories:
+            return ids_by_label(predicted.annotations, labels)
+        path = self._numbering
+        if not path.is_file():  # a folder is predicted on with the names of a model
+            return [label if name in labels else -1 for label, name in enumerate(names_by_label(labels))]
+        return ids_by_label(self._annotations(path), labels)
+
+    def predicted_entry(self, index: int) -> dict[str, Any]:
+        """`image_id` and `file_name` of an image that is predicted on, as its annotation file writes them."""
+        return self._predicted.entry(index)
+
+    @property
+    def _predicted(self) -> CocoDataset | PictureFolder:
+        dataset = self._dataset("predict")
+        assert isinstance(dataset, (CocoDataset, PictureFolder))
+        return dataset
 
     # batches
 

@@ -79,19 +79,18 @@ def coco_statistics(
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    images = dict(sorted(images.items()))
-    truth = [
-        {**annotation, "image_id": key} for key, (_, objects) in images.items() for annotation in objects
-    ]
+    # by place, as ids may be too large for the rows of floats
+    parts = dict(enumerate((part for _, part in sorted(images.items())), start=1))
+    truth = [{**annotation, "image_id": key} for key, (_, objects) in parts.items() for annotation in objects]
     if not truth:  # pycocotools cannot evaluate nothing, and means -1 by it
         return dict.fromkeys(STATISTICS, -1.0)
-    rows = [np.insert(found, 0, key, axis=1) for key, (found, _) in images.items()]
+    rows = [np.insert(found, 0, key, axis=1) for key, (found, _) in parts.items()]
     labels = {int(annotation["category_id"]) for annotation in truth}
     with contextlib.redirect_stdout(io.StringIO()):
         expected = COCO()
         expected.dataset = {
             "info": {},
-            "images": [{"id": key} for key in images],
+            "images": [{"id": key} for key in parts],
             "annotations": [{**annotation, "id": place} for place, annotation in enumerate(truth, start=1)],
             "categories": [{"id": label} for label in sorted(labels)],
         }

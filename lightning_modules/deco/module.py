@@ -20,6 +20,7 @@ from lightning_modules.deco.losses import (
     assignment_errors,
     pad_targets,
 )
+from lightning_modules.deco.names import compare_class_counts, recall_names, remember_names
 from lightning_modules.deco.network import DetectionNetwork, network_images
 from lightning_modules.deco.plus import DecoPlus
 from lightning_modules.deco.released import load_backbone, load_detector
@@ -92,12 +93,7 @@ class DecoDetector(Method):
         Raises:
             MisconfigurationException: the data has more classes; names both numbers.
         """
-        found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
-        if found is not None and found > self.num_classes:
-            raise MisconfigurationException(
-                f"The data's labels go up to {found - 1}, but model.network.init_args.num_classes is "
-                f"{self.num_classes}."
-            )
+        compare_class_counts(getattr(self.trainer, "datamodule", None), self.num_classes, stage)
 
     # Inference
 
@@ -194,6 +190,19 @@ class DecoDetector(Method):
         known: dict[str, Any] = {key: batch[key] for key in ("index", "path") if key in batch}
         known |= {key: torch.stack([target[key] for target in targets]) for key in ("image_id", "orig_size")}
         return {**self.detect(batch)._asdict(), **known}
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the class names, too."""
+        super().on_save_checkpoint(checkpoint)
+        remember_names(checkpoint, getattr(self.trainer, "datamodule", None))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Have the data number its labels by the class names that the weights were trained with."""
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None:
+            recall_names(checkpoint, getattr(self.trainer, "datamodule", None))
 
     # Deployment
 

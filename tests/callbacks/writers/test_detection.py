@@ -58,7 +58,9 @@ def test_json_is_cocos_results_format(trainer, tmp_path):
     assert len(found) == 10, "two of three labels have a category"
     assert found[0] == {
         "image_id": 100,
+        "file_name": "000000000000.png",
         "category_id": 17,
+        "category_name": "cat",
         "bbox": [5, 5, 20, 25],
         "score": pytest.approx(0.9),
     }

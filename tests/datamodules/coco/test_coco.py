@@ -17,7 +17,9 @@ from torchvision.transforms.v2 import functional
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Mask
 
 from datamodules.coco.annotations import CocoAnnotations
-from datamodules.coco.module import CocoDataModule, collate_detection, decode_segmentation
+from datamodules.coco.dataset import collate_detection
+from datamodules.coco.module import CocoDataModule
+from datamodules.coco.segmentation import decode_segmentation
 from datamodules.coco.transforms import (
     DecoPlusTransforms,
     DecoTransforms,
