@@ -2,6 +2,7 @@
 7).
 """
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from callbacks.quantization.layers import QuantizedMatrix
-from callbacks.quantization.packing import pack_int32
 from callbacks.quantization.scheme import Scheme
 
 ExportFormat = Literal["dense", "compressed-tensors"]
@@ -76,13 +76,18 @@ def compression_config(network: nn.Module, matrices: Mapping[str, QuantizedMatri
     """`quantization_config` of the exported folder.
 
     Raises:
-        MisconfigurationException: a layer cannot be expressed.
+        MisconfigurationException: a layer cannot be expressed, or the package that packs weights is missing.
     """
     groups: dict[Scheme, list[str]] = {}
     for name, matrix in matrices.items():
         _refuse(name, matrix, network.get_submodule(name))
         groups.setdefault(matrix.scheme, []).append(name)
     forms = {form_of(scheme) for scheme in groups}
+    if "pack-quantized" in forms and importlib.util.find_spec("compressed_tensors") is None:
+        raise MisconfigurationException(
+            "Packed weights need the package compressed-tensors, to be written as to be loaded: "
+            "pip install featherlight[llm], or export them as dense."
+        )
     common = "pack-quantized" if forms == {"pack-quantized"} else "int-quantized"
     if len(forms) > 1:
         common = "mixed-precision"
@@ -95,8 +100,8 @@ def compression_config(network: nn.Module, matrices: Mapping[str, QuantizedMatri
         "format": common,
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{place}": _group(scheme, ["Linear"] if alone else names)
-            for place, (scheme, names) in enumerate(groups.items())
+            f"group_{number}": _group(scheme, ["Linear"] if alone else names)
+            for number, (scheme, names) in enumerate(groups.items())
         },
         "ignore": ignored,
     }
@@ -182,7 +187,9 @@ def packed_tensors(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
     integers = (matrix.integers.to(torch.int16) - shift).to(torch.int8).cpu().contiguous()
     tensors = {f"{name}.weight_scale": matrix.scale.float().cpu().contiguous()}
     if form_of(matrix.scheme) == "pack-quantized":
-        tensors[f"{name}.weight_packed"] = pack_int32(integers, matrix.scheme.bits)
+        from compressed_tensors import pack_to_int32  # of the extra, and slow to import
+
+        tensors[f"{name}.weight_packed"] = pack_to_int32(integers, matrix.scheme.bits)
         tensors[f"{name}.weight_shape"] = torch.tensor(integers.shape, dtype=torch.int64)
         return tensors
     tensors[f"{name}.weight"] = integers

@@ -2,8 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar, cast, get_args
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,13 +12,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from callbacks.pruning.masks import MaskBook
-from callbacks.pruning.report import layer_table, plot_layers, plot_schedule, summary
+from callbacks.pruning.report import draw_run, report_of
 from callbacks.pruning.schedules import Timetable
+from callbacks.pruning.state import PruningState, changed_settings
 from callbacks.pruning.tensors import owning_optimizer, prunable_modules
+from callbacks.pruning.weights import PrunedWeights, averaged_modules
 from callbacks.run.directory import run_directory
+from lightning_modules.parts.options import check_range
 from lightning_modules.parts.strategies import is_sharded
 
 
@@ -60,9 +61,10 @@ class PruningCallback(Callback, ABC):
         report_ranks: bool = True,
         total_steps: int | None = None,
     ) -> None:
-        require(0 <= target_sparsity < 1, "target_sparsity", target_sparsity, "in [0, 1)")
-        require(update_every >= 1, "update_every", update_every, "at least 1")
-        require(total_steps is None or total_steps >= 1, "total_steps", total_steps, "at least 1")
+        check_range("target_sparsity", target_sparsity, "[0, 1)")
+        check_range("update_every", update_every, "[1, inf)")
+        if total_steps is not None:
+            check_range("total_steps", total_steps, "[1, inf)")
         self.target_sparsity = target_sparsity
         self.update_every = update_every
         self.modules = list(modules)
@@ -71,22 +73,12 @@ class PruningCallback(Callback, ABC):
         self.sync_masks = sync_masks
         self.report_ranks = report_ranks
         self.total_steps = total_steps
-        self._layers: dict[str, nn.Module] = {}
-        self._parameters: dict[str, nn.Parameter] = {}
-        self._saved: dict[str, Any] | None = None
-        self._masks: MaskBook | None = None
-        self._plan: Timetable | None = None
-        self._reset()
-
-    def _reset(self) -> None:
-        self._memory: dict[str, Any] | None = self.state_dict() or None  # of an earlier fit
-        self._masks, self._plan = None, None
-        self.step = 0  # of the weights' optimiser, the present one included
-        self.settled = False  # whether the target density has been reached once
+        self._selected = PrunedWeights({})
+        self._state: PruningState | None = None  # of the run, from the start of the training
+        self._saved: dict[str, Any] | None = None  # to go on with
+        self._earlier: dict[str, Any] | None = None  # of an earlier fit
         self._finished_step = 0
-        self._due: int | None = None
         self._warned_postponed = False
-        self._history: list[list[float]] = []
 
     # What a method fills in
 
@@ -121,39 +113,58 @@ class PruningCallback(Callback, ABC):
         """Further numbers to log after each step."""
         return {}
 
+    def target_density(self) -> float:
+        """Density of all selected weights at the end; larger where a distribution keeps layers dense."""
+        return self.final_density
+
+    def configuration(self) -> dict[str, Any]:
+        """What the schedule depends on, as plain values; compared on resume."""
+        return {"target_sparsity": self.target_sparsity, "update_every": self.update_every}
+
     # For the methods
 
     @property
-    def masks(self) -> MaskBook:
-        """The masks of the run.
+    def state(self) -> PruningState:
+        """Masks, timetable and counters of the run.
 
         Raises:
             MisconfigurationException: training has not started yet.
         """
-        if self._masks is None:
+        if self._state is None:
             raise MisconfigurationException(
                 f"{type(self).__name__} has no masks before training has started."
             )
-        return self._masks
+        return self._state
 
     @property
-    def weights(self) -> dict[str, nn.Parameter]:
-        """The weights that are pruned, by name."""
-        return self._parameters
-
-    @property
-    def layers(self) -> dict[str, nn.Module]:
-        """The modules of `weights`, by the same names."""
-        return self._layers
+    def masks(self) -> MaskBook:
+        """The masks of the run."""
+        return self.state.masks
 
     @property
     def plan(self) -> Timetable:
         """The timetable of the run."""
-        if self._plan is None:
-            raise MisconfigurationException(
-                f"{type(self).__name__} has no timetable before training has started."
-            )
-        return self._plan
+        return self.state.plan
+
+    @property
+    def step(self) -> int:
+        """Of the weights' optimiser, the present one included; 0 before training."""
+        return 0 if self._state is None else self._state.step
+
+    @property
+    def settled(self) -> bool:
+        """Whether the target density has been reached once."""
+        return self._state is not None and self._state.settled
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The weights that are pruned, by name."""
+        return self._selected.parameters
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The modules of `weights`, by the same names."""
+        return self._selected.layers
 
     @property
     def final_density(self) -> float:
@@ -171,8 +182,10 @@ class PruningCallback(Callback, ABC):
                 f"{type(self).__name__} needs whole weights, and {type(trainer.strategy).__name__} shards "
                 "them: use strategy ddp, or one device."
             )
-        self._reset()
-        self._saved = None
+        self._earlier = self.state_dict() or None
+        self._state = self._saved = None
+        self._finished_step = 0
+        self._warned_postponed = False
         if not is_overridden("configure_model", pl_module):
             self._collect(pl_module)
 
@@ -182,14 +195,11 @@ class PruningCallback(Callback, ABC):
             self._collect(pl_module)
 
     def _collect(self, pl_module: LightningModule) -> None:
-        layers = prunable_modules(pl_module, self.modules, self.include, self.exclude)
-        weights = {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()}
-        known = self._parameters
-        same = known.keys() == weights.keys() and all(known[name] is weights[name] for name in weights)
-        if same and self._saved is None:
-            self._saved = self._memory  # a second `fit` of the same weights goes on with its masks
-        self._memory = None
-        self._layers, self._parameters = layers, weights
+        selected = PrunedWeights(prunable_modules(pl_module, self.modules, self.include, self.exclude))
+        if self._saved is None and selected.same_as(self._selected):
+            self._saved = self._earlier  # a second `fit` of the same weights goes on with its masks
+        self._earlier = None
+        self._selected = selected
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make or restore timetable and masks; by now everything else is restored."""
@@ -202,12 +212,11 @@ class PruningCallback(Callback, ABC):
                 f"{type(self).__name__}: fast_dev_run is too short to prune in, so nothing is pruned."
             )
             return
-        optimizer = owning_optimizer(trainer.optimizers, self._parameters)
-        self._masks = MaskBook(self._parameters)
+        optimizer = owning_optimizer(trainer.optimizers, self.weights)
         if self._saved is None:
-            self._plan = self.timetable(self._run_length(trainer))
+            self._state = PruningState(MaskBook(self.weights), self.timetable(self._run_length(trainer)))
             self.start()
-            self._history.append([0, self._masks.density(), 0.0])
+            self.state.note(self.masks.density(), 0.0)
         else:
             self._restore(self._saved, trainer)
         self._apply(optimizer, trainer)
@@ -224,10 +233,9 @@ class PruningCallback(Callback, ABC):
         return int(steps)
 
     def _refuse_overlap(self, trainer: Trainer) -> None:
-        mine = {id(parameter) for parameter in self._parameters.values()}
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, PruningCallback) and other is not self:
-                shared = [name for name, weight in other.weights.items() if id(weight) in mine]
+                shared = self._selected.shared_with(other._selected)
                 if shared:
                     raise MisconfigurationException(
                         f"{type(self).__name__} and {type(other).__name__} both prune "
@@ -244,45 +252,35 @@ class PruningCallback(Callback, ABC):
 
         Runs once a real step, after unscaling and the average over processes, before clipping.
         """
-        if self._masks is None or not self._owns(optimizer):
+        state = self._state
+        if state is None or not self._selected.owned_by(optimizer):
             return
-        self.step += 1
-        if self.plan.is_due(self.step):
-            self._due = self.step
-        if self._due is not None and self._has_finite_gradients():
-            due, self._due = self._due, None
+        state.step += 1
+        if state.plan.is_due(state.step):
+            state.due = state.step
+        if state.due is not None and self._can_update():
+            due, state.due = state.due, None
             if self._update(due, optimizer, trainer):
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
                         parameter.grad = None
         else:
-            self.between_updates(self._gradients())
-        self._masks.apply_to_gradients(self._parameters)
+            self.between_updates(self._selected.gradients())
+        state.masks.apply_to_gradients(self.weights)
 
-    def _gradients(self) -> dict[str, Tensor]:
-        return {name: weight.grad for name, weight in self._parameters.items() if weight.grad is not None}
-
-    def _owns(self, optimizer: Optimizer) -> bool:
-        mine = {id(parameter) for parameter in self._parameters.values()}
-        return any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"])
-
-    def _has_finite_gradients(self) -> bool:
-        gradients = self._gradients().values()
-        if not gradients:
-            return False
-        finite = bool(torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all())
-        if not finite and not self._warned_postponed:
+    def _can_update(self) -> bool:
+        finite = self._selected.has_finite_gradients()
+        if finite is False and not self._warned_postponed:
             self._warned_postponed = True
             rank_zero_info(
                 f"{type(self).__name__}: gradients are not finite at step {self.step}; the update of the "
                 "masks waits for the next step. Later occurrences are not reported."
             )
-        return finite
+        return bool(finite)
 
     def _update(self, due: int, optimizer: Optimizer, trainer: Trainer) -> bool:
-        gradients = self._gradients()
         before = self.masks.counts()
-        skip = self.update(due, gradients)
+        skip = self.update(due, self._selected.gradients())
         if self.sync_masks:
             self.masks.synchronize()
         self._apply(optimizer, trainer)
@@ -290,34 +288,28 @@ class PruningCallback(Callback, ABC):
         emptied = [name for name, count in after.items() if count == 0 and before[name] > 0]
         if emptied:
             rank_zero_warn(f"{type(self).__name__}: no weight is left in {', '.join(emptied)}.")
-        density = sum(after.values()) / self.masks.total
-        self._history.append([self.step, density, self.drop_fraction_now()])
+        self.state.note(sum(after.values()) / self.masks.total, self.drop_fraction_now())
         return skip
 
     def _apply(self, optimizer: Optimizer, trainer: Trainer) -> None:
         """Zero what the masks say: weights, optimiser states, averaged weights."""
-        self.masks.clear(self._parameters)
-        self.masks.apply_to_states(self._parameters, optimizer)
-        for average in averaged_modules(trainer):
-            self.masks.clear(self._select(average))
-
-    def _select(self, module: nn.Module) -> dict[str, Tensor]:
-        parameters = dict(module.named_parameters())
-        return {name: parameters[name] for name in self._parameters if name in parameters}
+        self._selected.clear(self.masks, averaged_modules(trainer))
+        self.masks.apply_to_states(self.weights, optimizer)
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Hold weights and optimiser states at zero after a step, and log."""
-        if self._masks is None or self.step == self._finished_step:
+        state = self._state
+        if state is None or state.step == self._finished_step:
             return  # gradients are still being accumulated
-        self._finished_step = self.step
-        self._masks.apply(self._parameters)
+        self._finished_step = state.step
+        state.masks.apply(self.weights)
         for optimizer in trainer.optimizers:
-            if self._owns(optimizer):
-                self._masks.apply_to_states(self._parameters, optimizer)
-        values = {"density": self._history[-1][1]} | self.log_values()
+            if self._selected.owned_by(optimizer):
+                state.masks.apply_to_states(self.weights, optimizer)
+        values = {"density": state.history[-1][1]} | self.log_values()
         pl_module.log_dict({f"{self.log_as}/{key}": value for key, value in values.items()}, batch_size=1)
 
     # Checks and the end
@@ -335,11 +327,11 @@ class PruningCallback(Callback, ABC):
         Raises:
             RuntimeError: a masked weight is not zero; names the layers.
         """
-        if self._masks is None or batch_idx > 0 or dataloader_idx > 0 or trainer.sanity_checking:
+        if self._state is None or batch_idx > 0 or dataloader_idx > 0 or trainer.sanity_checking:
             return
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        violations = self._masks.violations(self._parameters)
+        violations = self.masks.violations(self.weights)
         if violations:
             raise RuntimeError(
                 f"{type(self).__name__}: masked weights are not zero in {', '.join(violations)}. Something "
@@ -349,15 +341,20 @@ class PruningCallback(Callback, ABC):
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave true zeros, compare the density with the target, draw the pictures."""
-        if self._masks is None:
+        if self._state is None:
             return
-        self._masks.clear(self._parameters)
-        for average in averaged_modules(trainer):
-            self._masks.clear(self._select(average))
-        self._compare_with_target()
+        self._selected.clear(self.masks, averaged_modules(trainer))
+        density, target = self.masks.density(), self.target_density()
+        # one weight a layer for rounding down, and the one of the global threshold
+        if abs(density - target) * self.masks.total > len(self.masks) + 1:
+            rank_zero_warn(
+                f"{type(self).__name__}: training ended at step {self.step} of {self.plan.total_steps} with "
+                f"density {density:.6f}; the target was {target:.6f}."
+            )
         if trainer.is_global_zero:
+            label, steps = run_directory(trainer) / self._label(trainer), self.plan.total_steps
             try:
-                self._draw(run_directory(trainer), self._label(trainer))
+                draw_run(label, self._state.history, target, steps, self.weights, self.report_ranks)
             except OSError as error:  # a full disk must not cost the run
                 rank_zero_warn(f"{type(self).__name__} could not write its pictures: {error}.")
 
@@ -367,42 +364,14 @@ class PruningCallback(Callback, ABC):
         number = ours.index(self) + 1
         return self.name if number == 1 else f"{self.name}_{number}"
 
-    def _draw(self, directory: Path, label: str) -> None:
-        path = directory / f"{label}_schedule.png"
-        plot_schedule(self._history, self.target_density(), self.plan.total_steps, path)
-        rows = layer_table(self._parameters, self.report_ranks)
-        plot_layers(rows, directory / f"{label}_layers.png")
-
-    def target_density(self) -> float:
-        """Density of all selected weights at the end; larger where a distribution keeps layers dense."""
-        return self.final_density
-
-    def _compare_with_target(self) -> None:
-        density, target = self.masks.density(), self.target_density()
-        # one weight a layer for rounding down, and the one of the global threshold
-        if abs(density - target) * self.masks.total > len(self.masks) + 1:
-            rank_zero_warn(
-                f"{type(self).__name__}: training ended at step {self.step} of {self.plan.total_steps} with "
-                f"density {density:.6f}; the target was {target:.6f}."
-            )
-
     def results(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Sparsity of the module as it is, in total and for each layer."""
-        weights = {name: layer.weight for name, layer in self._select_quietly(module).items()}
-        if not weights:
-            return {}
-        rows = layer_table(weights, self.report_ranks)  # type: ignore[arg-type]
-        return (
-            {"method": type(self).__name__, "target_sparsity": self.target_sparsity}
-            | summary(rows)
-            | {"layers": rows}
-        )
-
-    def _select_quietly(self, module: LightningModule) -> dict[str, nn.Module]:
+        """Sparsity of the module as it is, in total and for each layer; empty where none is selected."""
         try:
-            return prunable_modules(module, self.modules, self.include, self.exclude)
+            layers = prunable_modules(module, self.modules, self.include, self.exclude)
         except (ValueError, MisconfigurationException):
             return {}
+        method = {"method": type(self).__name__, "target_sparsity": self.target_sparsity}
+        return method | report_of(PrunedWeights(layers).parameters, self.report_ranks)
 
     # Checkpoints
 
@@ -411,79 +380,22 @@ class PruningCallback(Callback, ABC):
         """Apart for callbacks on different layers of one run."""
         return self._generate_state_key(include=self.include, exclude=self.exclude)
 
-    def configuration(self) -> dict[str, Any]:
-        """What the schedule depends on, as plain values; compared on resume."""
-        return {"target_sparsity": self.target_sparsity, "update_every": self.update_every}
-
     def state_dict(self) -> dict[str, Any]:
         """Masks as packed bits, counters, timetable, configuration; empty before training."""
-        if self._masks is None:
-            return {}
-        return {
-            "masks": self._masks.state_dict(),
-            "step": self.step,
-            "due": self._due,
-            "settled": self.settled,
-            "timetable": self.plan.as_dict(),
-            "configuration": self.configuration(),
-            "history": [list(row) for row in self._history],
-        }
+        return {} if self._state is None else self._state.as_dict(self.configuration())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts."""
         self._saved = state_dict or None
 
     def _restore(self, saved: dict[str, Any], trainer: Trainer) -> None:
-        self.masks.load_state_dict(saved["masks"])
-        self._plan = Timetable(**saved["timetable"])
-        self.step = self._finished_step = saved["step"]
-        self._due = saved["due"]
-        self.settled = saved["settled"]
-        self._history = [list(row) for row in saved["history"]]
-        present = self.configuration() | {"total_steps": self._run_length(trainer)}
-        kept = saved["configuration"] | {"total_steps": self._plan.total_steps}
-        changed = [
-            f"{key}={present[key]} (saved: {kept.get(key)})"
-            for key in present
-            if present[key] != kept.get(key)
-        ]
-        self._adopt(saved["configuration"])
+        self._state = PruningState.from_dict(saved, self.weights)
+        self._finished_step = self._state.step
+        changed = changed_settings(saved, self.configuration(), self._run_length(trainer))
+        for option, value in saved["configuration"].items():
+            setattr(self, option, value)
         if changed:
             rank_zero_warn(
                 f"{type(self).__name__} goes on with the schedule of the checkpoint; these settings differ "
                 f"and are not used: {', '.join(changed)}."
             )
-
-    def _adopt(self, configuration: dict[str, Any]) -> None:
-        """Take over the saved settings of the schedule."""
-        for key, value in configuration.items():
-            setattr(self, key, value)
-
-
-def averaged_modules(trainer: Trainer) -> list[nn.Module]:
-    """The averaged copies of the module that other callbacks keep (Lightning's WeightAveraging and SWA)."""
-    averages = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        average = getattr(callback, "_average_model", None)
-        if isinstance(average, nn.Module):
-            averages.append(average.module if isinstance(average, AveragedModel) else average)
-    return averages
-
-
-def require(condition: bool, option: str, value: Any, expected: str) -> None:
-    """Refuse a value of an option.
-
-    Raises:
-        MisconfigurationException: `condition` is false; names option, value and what is expected.
-    """
-    if not condition:
-        raise MisconfigurationException(f"{option}={value}: it must be {expected}.")
-
-
-def require_one_of(choices: Any, option: str, value: str) -> None:
-    """Refuse a value that is none of a `Literal`'s.
-
-    Raises:
-        MisconfigurationException: names option, value and choices.
-    """
-    require(value in get_args(choices), option, value, "one of " + ", ".join(get_args(choices)))

@@ -97,16 +97,16 @@ def drop_and_grow(weight: Tensor, gradient: Tensor, active: Tensor, moved: int) 
         weight: any shape.
         gradient: dense gradient of the same shape.
         active: boolean mask of the same shape.
-        moved: how many change place.
+        moved: how many change their position.
 
     Returns:
         The new mask.
     """
     count = int(active.sum())
     magnitude = weight.detach().abs().float().masked_fill(~active, -1)
-    kept = keep_largest(magnitude, count - moved)
-    growth = gradient.detach().abs().float().masked_fill(kept, -1)
-    return kept | keep_largest(growth, moved)
+    mask = keep_largest(magnitude, count - moved)
+    growth = gradient.detach().abs().float().masked_fill(mask, -1)
+    return mask | keep_largest(growth, moved)
 
 
 def random_mask(shape: Iterable[int], count: int, seed: int) -> Tensor:

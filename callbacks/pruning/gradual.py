@@ -43,8 +43,8 @@ class GradualCut:
         """Density of all weights together at the end."""
         if self.densities is None:
             return self.target
-        kept = sum(self.densities[name] * weight.numel() for name, weight in weights.items())
-        return kept / sum(weight.numel() for weight in weights.values())
+        alive = sum(self.densities[name] * weight.numel() for name, weight in weights.items())
+        return alive / sum(weight.numel() for weight in weights.values())
 
     def __call__(self, masks: MaskBook, weights: Mapping[str, Tensor], due: int, plan: Timetable) -> None:
         """Cut to the density of the update that was due at step `due`; masks change in place.

@@ -2,15 +2,15 @@
 callbacks.
 """
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from callbacks.pruning.base import PruningCallback, require, require_one_of
+from callbacks.pruning.base import PruningCallback
 from callbacks.pruning.distributions import Distribution, linear_layers
 from callbacks.pruning.gradual import GradualCut
 from callbacks.pruning.schedules import Schedule, Timetable
+from lightning_modules.parts.options import check_choice, check_range
 
 
 class MagnitudePruning(PruningCallback):
@@ -22,17 +22,13 @@ class MagnitudePruning(PruningCallback):
 
     Args:
         target_sparsity: share of zeros among the selected weights at the end, in [0, 1).
-        update_every: optimiser steps between two cuts.
         prune_end: share of the run after which the target holds; the rest trains with fixed masks.
         distribution: `global` (one threshold for all layers), `erk`, `uniform` (first layer dense) or
             `uniform_all`.
         schedule: of the density: `cubic`, `exponential` or `cosine`.
         warmup: share of the cuts that do nothing yet, in [0, 1).
         ignore_linear: `uniform` leaves linear layers dense.
-        modules: types of layers in `torch.nn` whose weight is pruned.
-        include: globs over module paths; None takes all layers of these types.
-        exclude: globs over module paths that stay dense.
-        sync_masks: see `PruningCallback`; likewise report_ranks and total_steps.
+        options: of `PruningCallback`.
     """
 
     log_as: ClassVar[str] = "magnitude_pruning"
@@ -40,26 +36,19 @@ class MagnitudePruning(PruningCallback):
     def __init__(
         self,
         target_sparsity: float,
-        update_every: int = 100,
+        *,
         prune_end: float = 0.75,
         distribution: Distribution = "global",
         schedule: Schedule = "cubic",
         warmup: float = 0.0,
         ignore_linear: bool = False,
-        modules: Sequence[str] = ("Conv2d", "Linear"),
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        sync_masks: bool = True,
-        report_ranks: bool = True,
-        total_steps: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            target_sparsity, update_every, modules, include, exclude, sync_masks, report_ranks, total_steps
-        )
-        require(0 < prune_end <= 1, "prune_end", prune_end, "in (0, 1]")
-        require(0 <= warmup < 1, "warmup", warmup, "in [0, 1)")
-        require_one_of(Distribution, "distribution", distribution)
-        require_one_of(Schedule, "schedule", schedule)
+        super().__init__(target_sparsity, **options)
+        check_range("prune_end", prune_end, "(0, 1]")
+        check_range("warmup", warmup, "[0, 1)")
+        check_choice("distribution", distribution, Distribution)
+        check_choice("schedule", schedule, Schedule)
         self.prune_end = prune_end
         self.distribution = distribution
         self.schedule = schedule
@@ -86,7 +75,7 @@ class MagnitudePruning(PruningCallback):
         """Cut, unless the target has been reached once."""
         if not self.settled:
             self.cut()(self.masks, self.weights, due, self.plan)
-            self.settled = self.plan.update_index(due) >= self.plan.updates_to_target
+            self.state.settled = self.plan.update_index(due) >= self.plan.updates_to_target
 
     def target_density(self) -> float:
         """Exact for all distributions; `uniform` and ERK may keep layers dense."""

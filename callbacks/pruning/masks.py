@@ -94,11 +94,11 @@ class MaskBook:
 
     def violations(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Names of the tensors that are not zero at a dead entry."""
-        found = {
+        revived = {
             name: (tensor.detach() * ~self._alive[name].to(tensor.device)).any()
             for name, tensor in tensors.items()
         }
-        return [name for name, any_alive in found.items() if any_alive]
+        return [name for name, nonzero in revived.items() if nonzero]
 
     # Many processes
 
@@ -146,14 +146,14 @@ def pack(mask: Tensor) -> Tensor:
     bits = mask.reshape(-1).to(torch.uint8)
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
     packed = torch.zeros(len(bits), dtype=torch.uint8, device=mask.device)
-    for place in range(8):
-        packed |= bits[:, place] << (7 - place)
+    for index in range(8):
+        packed |= bits[:, index] << (7 - index)
     return packed
 
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """The booleans of `pack` in their shape."""
-    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-    bits = (packed[:, None] >> places) & 1
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    bits = (packed[:, None] >> shifts) & 1
     count = int(torch.Size(shape).numel())
     return bits.reshape(-1)[:count].bool().reshape(tuple(shape))

@@ -1,20 +1,18 @@
 """RankPruning (RPG): gradual pruning with regrowth, pushed away from low-rank weights."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from callbacks.pruning.base import require, require_one_of
-from callbacks.pruning.distributions import Distribution
 from callbacks.pruning.growth import Apply, move_weights
 from callbacks.pruning.magnitude import MagnitudePruning
 from callbacks.pruning.rank_loss import Backend
 from callbacks.pruning.rank_sweep import RankSweep, add_rank_gradients
 from callbacks.pruning.report import layer_table, summary
 from callbacks.pruning.schedules import Schedule, Timetable, drop_fraction_at
+from lightning_modules.parts.options import check_choice, check_range
 
 RankedLayers: TypeAlias = Literal["conv", "linear", "all"]
 
@@ -35,26 +33,18 @@ class RankPruning(MagnitudePruning):
         target_sparsity: share of zeros among the selected weights at the end, in [0, 1).
         rank_weight: weight of the mean rank loss (the paper's lambda); its gradient scales as 1/||W||.
         rank_tolerance: share of a weight's energy that counts as dispensable (the paper's delta), in (0, 1).
-        update_every: optimiser steps between two updates (the paper's Delta).
         prune_end: share of the run after which the target density holds.
         topology_end: share of the run after which the masks are fixed.
         drop_fraction: share of a layer's weights that moves, at the start; falls along a half cosine (alpha).
-        distribution: `global` (one threshold for all layers), `erk`, `uniform` (first layer dense) or
-            `uniform_all`.
         schedule: of the density: `exponential` (released with `global`), `cosine` (with the others) or
             `cubic`.
-        warmup: share of the updates that keep density 1 first.
         apply: `step` lets the optimiser step with the combined gradient after the masks have changed;
             `growth_only` is the released behaviour: the optimiser skips updates, gradients only choose what
             grows.
         rank_on: layers that the rank loss acts on. `conv` is every selected layer that is no Linear.
-        ignore_linear: `uniform` leaves linear layers dense.
         svd_backend: `gram` is fast, `svd` decomposes every layer fully.
         log_ranks: log `rpg/mean_delta_rank` and `rpg/mean_effective_rank` at every validation.
-        modules: types of layers in `torch.nn` whose weight is pruned.
-        include: globs over module paths; None takes all layers of these types.
-        exclude: globs over module paths that stay dense.
-        sync_masks: see `PruningCallback`; likewise report_ranks and total_steps.
+        options: of `MagnitudePruning`; update_every is the paper's Delta.
     """
 
     log_as: ClassVar[str] = "rpg"
@@ -64,49 +54,25 @@ class RankPruning(MagnitudePruning):
         target_sparsity: float,
         rank_weight: float,
         rank_tolerance: float = 0.2,
-        update_every: int = 100,
+        *,
         prune_end: float = 0.9,
         topology_end: float = 0.901,
         drop_fraction: float = 0.3,
-        distribution: Distribution = "global",
         schedule: Schedule = "exponential",
-        warmup: float = 0.0,
         apply: Apply = "step",
         rank_on: RankedLayers = "conv",
-        ignore_linear: bool = False,
         svd_backend: Backend = "gram",
         log_ranks: bool = False,
-        modules: Sequence[str] = ("Conv2d", "Linear"),
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        sync_masks: bool = True,
-        report_ranks: bool = True,
-        total_steps: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            target_sparsity=target_sparsity,
-            update_every=update_every,
-            prune_end=prune_end,
-            distribution=distribution,
-            schedule=schedule,
-            warmup=warmup,
-            ignore_linear=ignore_linear,
-            modules=modules,
-            include=include,
-            exclude=exclude,
-            sync_masks=sync_masks,
-            report_ranks=report_ranks,
-            total_steps=total_steps,
-        )
-        require(rank_weight >= 0, "rank_weight", rank_weight, "at least 0")
-        require(0 < rank_tolerance < 1, "rank_tolerance", rank_tolerance, "in (0, 1)")
-        require(
-            prune_end <= topology_end <= 1, "topology_end", topology_end, f"in [prune_end={prune_end}, 1]"
-        )
-        require(0 <= drop_fraction < 1, "drop_fraction", drop_fraction, "in [0, 1)")
-        require_one_of(Apply, "apply", apply)
-        require_one_of(RankedLayers, "rank_on", rank_on)
-        require_one_of(Backend, "svd_backend", svd_backend)
+        super().__init__(target_sparsity, prune_end=prune_end, schedule=schedule, **options)
+        check_range("rank_weight", rank_weight, "[0, inf)")
+        check_range("rank_tolerance", rank_tolerance, "(0, 1)")
+        check_range("topology_end", topology_end, f"[{prune_end}, 1]")
+        check_range("drop_fraction", drop_fraction, "[0, 1)")
+        check_choice("apply", apply, Apply)
+        check_choice("rank_on", rank_on, RankedLayers)
+        check_choice("svd_backend", svd_backend, Backend)
         self.rank_weight = rank_weight
         self.rank_tolerance = rank_tolerance
         self.topology_end = topology_end

@@ -15,6 +15,8 @@ from torch import Tensor
 Backend: TypeAlias = Literal["gram", "svd"]
 Side: TypeAlias = Literal["dropped", "kept"]
 
+_BLOCK = 128  # columns of a Gram matrix that are computed at once
+
 
 @dataclass(frozen=True)
 class Truncation:
@@ -26,7 +28,6 @@ class Truncation:
         squared_norm: of the matrix, r^2.
         basis: (smaller side, n) orthonormal columns that span the side with fewer directions.
         side: which one `basis` spans.
-        error: estimate of the gradient's relative error from rounding in the eigenvectors.
     """
 
     rank: int
@@ -34,7 +35,6 @@ class Truncation:
     squared_norm: float
     basis: Tensor
     side: Side
-    error: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -69,8 +69,15 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 
 def gram(matrix: Tensor) -> Tensor:
-    """The smaller Gram matrix (q, q), q = min(rows, columns)."""
-    return matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
+    """The smaller Gram matrix (q, q), q = min(rows, columns): its lower triangle, which is all that
+    `torch.linalg.eigh` reads. What stands above is partly zero.
+    """
+    rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    product = rows.new_zeros(len(rows), len(rows))
+    for start in range(0, len(rows), _BLOCK):
+        end = start + _BLOCK
+        product[start:, start:end] = rows[start:] @ rows[start:end].mT
+    return product
 
 
 def choose_rank(energies: Tensor, tolerance: float) -> tuple[int, float]:
@@ -88,16 +95,23 @@ def choose_rank(energies: Tensor, tolerance: float) -> tuple[int, float]:
     return len(energies) - 1 - dropped, float(tails[dropped])
 
 
-def split(eigenvectors: Tensor, rank: int) -> tuple[Tensor, Tensor, Side]:
-    """The eigenvectors of the side with fewer directions, those of the other, and which side the first is.
+def truncation_along(
+    eigenvalues: Tensor, eigenvectors: Tensor, squared_norm: float, tolerance: float
+) -> Truncation:
+    """The truncation that the eigenvectors of the smaller Gram matrix give.
 
     Args:
-        eigenvectors: (q, q) columns in ascending order of the eigenvalue.
-        rank: k.
+        eigenvalues: (q,) in ascending order, not negative.
+        eigenvectors: (q, q) columns in the same order.
+        squared_norm: of the matrix, not 0.
+        tolerance: the paper's delta.
     """
-    dropped = eigenvectors.shape[1] - rank
-    low, high = eigenvectors[:, :dropped], eigenvectors[:, dropped:]
-    return (low, high, "dropped") if dropped <= rank else (high, low, "kept")
+    rank, tail = choose_rank(eigenvalues.double().flip(0) / squared_norm, tolerance)
+    tail = min(tail, 1.0)  # rounding of the sum
+    dropped = len(eigenvalues) - rank
+    if dropped <= rank:
+        return Truncation(rank, tail, squared_norm, eigenvectors[:, :dropped], "dropped")
+    return Truncation(rank, tail, squared_norm, eigenvectors[:, dropped:], "kept")
 
 
 def exact_truncation(matrix: Tensor, tolerance: float, backend: Backend = "gram") -> Truncation | None:
@@ -125,9 +139,7 @@ def exact_truncation(matrix: Tensor, tolerance: float, backend: Backend = "gram"
     squared_norm = float(eigenvalues.sum())
     if squared_norm == 0:
         return None
-    rank, tail = choose_rank(eigenvalues.flip(0) / squared_norm, tolerance)
-    basis, _, side = split(eigenvectors, rank)
-    return Truncation(rank, tail, squared_norm, basis, side)
+    return truncation_along(eigenvalues, eigenvectors, squared_norm, tolerance)
 
 
 def _without_noise(values: Tensor) -> Tensor:
@@ -186,8 +198,3 @@ def effective_rank(energies: Tensor) -> float:
     if not energies.sum() > 0:
         return 0.0
     return float(torch.special.entr(energies).sum().exp())
-
-
-def numerical_rank(energies: Tensor, relative: float = 1e-4) -> int:
-    """Number of singular values above `relative` times the largest."""
-    return int((energies > relative**2 * energies[0]).sum()) if len(energies) and energies[0] > 0 else 0

@@ -1,35 +1,32 @@
-"""The rank gradient of many layers at once, cheaply and with a checked error (RPG, section 2.8).
+"""The rank gradient of many layers at once, with a bounded error (RPG, section 2.8).
 
-What a full SVD of every layer costs is spent on directions that the gradient does not need. Here, for each
-layer: the smaller Gram matrix and its eigenvectors in single precision; a step that improves the subspace,
-and an estimate of the error that is left (`subspace.py`); double precision for the layers where that exceeds
-the bound.
-
-Layers are independent: dealt over processes by cost, and over threads on the CPU, where LAPACK does not
-scale. The eigenvectors are exchanged rather than the gradients: a tenth of the traffic, and all processes add
-the same bits.
-
-No subspace is kept from one sweep to the next. Projecting on it and repairing what has changed takes as many
-matrix products as the decomposition takes time, and a resumed run would need it to go on bit for bit.
+A layer costs its smaller Gram matrix and that matrix's eigenvectors, in single precision. Rounding turns the
+eigenvectors on either side of the cut by up to `eps lambda_1 / gap`; where that may show in the gradient, or
+in the choice of k, the layer is decomposed again in double precision. Gram matrices of one size are
+decomposed in one call, and layers are dealt over the processes of a distributed run.
 """
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from callbacks.pruning.rank_loss import Backend, Truncation, as_matrix, exact_truncation
-from callbacks.pruning.subspace import decompose, refined_truncation, symmetric_gram
+from callbacks.pruning.rank_loss import (
+    Backend,
+    Truncation,
+    as_matrix,
+    exact_truncation,
+    gram,
+    truncation_along,
+)
 
-_EXACT_SIDE = 128  # up to here double precision costs next to nothing
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
+_SOLVER = 0.35  # eigenvectors are wrong by at most this times eps lambda_1 / gap, over all measured spectra
+_EXACT_SIDE = 64  # up to here double precision costs next to nothing
+_AMBIGUOUS = 1e-6  # energy by which the chosen k must beat its neighbours in single precision
+_ENERGIES = (1e-20, 1e30)  # squared norms whose parts single precision can hold
 
 
 class RankSweep:
@@ -41,7 +38,7 @@ class RankSweep:
         max_error: bound on the estimated relative error (Frobenius norm) of a layer's gradient.
     """
 
-    def __init__(self, tolerance: float, backend: Backend = "gram", max_error: float = 5e-5) -> None:
+    def __init__(self, tolerance: float, backend: Backend = "gram", max_error: float = 1e-4) -> None:
         self.tolerance = tolerance
         self.backend = backend
         self.max_error = max_error
@@ -56,61 +53,65 @@ class RankSweep:
 
         Returns:
             By name, in the order of `weights`; weights of zeros, and those that no decomposition could treat
-            (one warning each), are missing. `repeated` then names the layers that needed double precision.
+            (one warning each), are missing. `repeated` then names the layers of this process that needed
+            double precision.
         """
         matrices = {name: as_matrix(weight.detach()).float() for name, weight in weights.items()}
         self.repeated = []
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if world == 1:
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return self._truncate_all(matrices)
-        mine = deal({name: cost(matrix.shape) for name, matrix in matrices.items()}, world)[dist.get_rank()]
-        return exchange(matrices, self._truncate_all({name: matrices[name] for name in mine}))
+        by_cost = sorted(matrices, key=lambda name: -cost(matrices[name].shape))
+        ours = by_cost[dist.get_rank() :: dist.get_world_size()]
+        return exchange(matrices, self._truncate_all({name: matrices[name] for name in ours}))
 
     def _truncate_all(self, matrices: Mapping[str, Tensor]) -> dict[str, Truncation]:
-        if not matrices:
-            return {}
-        names = sorted(matrices, key=lambda name: -cost(matrices[name].shape))  # the largest first
-        on_gpu = next(iter(matrices.values())).is_cuda
-        if self.backend == "gram" and on_gpu:
-            decomposed = batched_eigh(matrices)
-            found = [self._guarded(name, matrices[name], decomposed.get(name)) for name in names]
-        else:
-            found = in_threads(lambda name: self._guarded(name, matrices[name], None), names, not on_gpu)
-        truncations = dict(zip(names, found, strict=True))
+        sizes: dict[int, list[str]] = {}
+        for name, matrix in matrices.items():
+            sizes.setdefault(min(matrix.shape), []).append(name)
+        truncations: dict[str, Truncation | None] = {}
+        for size, names in sizes.items():
+            if self.backend == "gram" and size > _EXACT_SIDE:
+                truncations |= self._in_single_precision({name: matrices[name] for name in names})
+            truncations |= {
+                name: self._exact(name, matrices[name]) for name in names if name not in truncations
+            }
         return {name: truncation for name in matrices if (truncation := truncations[name]) is not None}
 
-    def _guarded(
-        self, name: str, matrix: Tensor, decomposed: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Truncation | None:
-        """Truncate one matrix; on failure retry in double precision, then leave it out with one warning."""
+    def _in_single_precision(self, matrices: Mapping[str, Tensor]) -> dict[str, Truncation]:
+        """Truncations of matrices with Gram matrices of one size, where the error is within the bound."""
+        products = torch.stack([gram(matrix) for matrix in matrices.values()])
+        energies = products.diagonal(dim1=1, dim2=2).double().sum(1).tolist()
         try:
-            return self._truncate(name, matrix, decomposed)
+            decomposed = zip(*torch.linalg.eigh(products), strict=True)
         except torch.linalg.LinAlgError:
-            pass
-        try:
-            return _stored(exact_truncation(matrix, self.tolerance), matrix)
-        except torch.linalg.LinAlgError as error:
-            if name not in self._failed:
-                rank_zero_warn(f"The rank loss leaves out {name}: it cannot be decomposed ({error}).")
-            self._failed.add(name)
-            return None
+            return {}
+        truncations = {}
+        for name, energy, (eigenvalues, eigenvectors) in zip(matrices, energies, decomposed, strict=True):
+            if not _ENERGIES[0] < energy < _ENERGIES[1]:
+                continue
+            shares = eigenvalues.double().clamp_min(0) / energy
+            truncation = truncation_along(shares * energy, eigenvectors, energy, self.tolerance)
+            error = gradient_error(shares, truncation, torch.finfo(eigenvectors.dtype).eps)
+            if error <= self.max_error and not is_ambiguous(shares, truncation.rank, self.tolerance):
+                truncations[name] = truncation
+            else:
+                self.repeated.append(name)
+        return truncations
 
-    def _truncate(
-        self, name: str, matrix: Tensor, decomposed: tuple[Tensor, Tensor, Tensor] | None
-    ) -> Truncation | None:
-        if self.backend == "svd" or min(matrix.shape) <= _EXACT_SIDE:
-            return _stored(exact_truncation(matrix, self.tolerance, self.backend), matrix)
-        product, eigenvalues, eigenvectors = decomposed or decompose(matrix)
-        truncation = refined_truncation(product, eigenvalues, eigenvectors, self.tolerance, self.max_error)
-        if truncation is not None and truncation.error > self.max_error:
-            # the rounding of the Gram matrix seldom matters; that of its eigenvectors does
-            self.repeated.append(name)
-            product = product.double()
-            values, vectors = torch.linalg.eigh(product)
-            truncation = refined_truncation(product, values, vectors, self.tolerance, self.max_error)
-        if truncation is None or truncation.error <= self.max_error:
-            return _stored(truncation, matrix)
-        return _stored(exact_truncation(matrix, self.tolerance), matrix)
+    def _exact(self, name: str, matrix: Tensor) -> Truncation | None:
+        """Truncate one matrix by the backend, then in double precision; else leave it out with a warning."""
+        reason: Exception | None = None
+        for backend in dict.fromkeys((self.backend, "gram")):
+            try:
+                truncation = exact_truncation(matrix, self.tolerance, backend)
+            except torch.linalg.LinAlgError as error:
+                reason = error
+            else:
+                return truncation and replace(truncation, basis=truncation.basis.to(matrix.dtype))
+        if name not in self._failed:
+            rank_zero_warn(f"The rank loss leaves out {name}: it cannot be decomposed ({reason}).")
+        self._failed.add(name)
+        return None
 
 
 def add_rank_gradients(
@@ -130,58 +131,41 @@ def add_rank_gradients(
     Returns:
         The mean rank loss over the truncated layers, 0 without any.
     """
-    if not truncations:
-        return 0.0
-
-    def add(name: str) -> None:
-        weight, gradient = weights[name].detach(), gradients[name]
-        matrix = as_matrix(weight).float()
-        out = as_matrix(gradient)
-        share = scale / len(truncations)
+    for name, truncation in truncations.items():
+        gradient = gradients[name]
+        matrix, out = as_matrix(weights[name].detach()).float(), as_matrix(gradient)
         if out.dtype == torch.float32 and out.data_ptr() == gradient.data_ptr():
-            truncations[name].add_gradient(matrix, out, share)
+            truncation.add_gradient(matrix, out, scale / len(truncations))
         else:  # a 16-bit gradient, or one whose memory order has no matrix view
-            total = truncations[name].add_gradient(matrix, out.float().clone(), share)
+            total = truncation.add_gradient(matrix, out.float().clone(), scale / len(truncations))
             gradient.copy_(total.view(gradient.shape))
-
-    on_gpu = next(iter(weights.values())).is_cuda
-    in_threads(add, list(truncations), not on_gpu)
-    return sum(truncation.loss for truncation in truncations.values()) / len(truncations)
+    return sum(truncation.loss for truncation in truncations.values()) / max(len(truncations), 1)
 
 
-def batched_eigh(matrices: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """`decompose` for the matrices with more than `_EXACT_SIDE` rows and columns, one call for each Gram
-    size.
+def gradient_error(shares: Tensor, truncation: Truncation, eps: float) -> float:
+    """Relative error of the gradient from rounding in the eigenvectors, estimated from above.
 
-    A group that does not converge is left out; its members are then decomposed one by one.
+    A rotation by `theta_ij` between kept direction i and dropped direction j changes T by
+    `theta_ij sqrt(lambda_i + lambda_j)`, against `||T - tau Y||^2 = tau (1 - tau)`.
+
+    Args:
+        shares: (q,) eigenvalues as shares of the energy, ascending.
+        truncation: made along their eigenvectors.
+        eps: of the eigenvectors' precision.
     """
-    sizes: dict[int, list[str]] = {}
-    for name, matrix in matrices.items():
-        if min(matrix.shape) > _EXACT_SIDE:
-            sizes.setdefault(min(matrix.shape), []).append(name)
-    found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    for names in sizes.values():
-        products = torch.stack([symmetric_gram(matrices[name]) for name in names])
-        try:
-            eigenvalues, eigenvectors = torch.linalg.eigh(products)
-        except torch.linalg.LinAlgError:
-            continue
-        found.update(zip(names, zip(products, eigenvalues, eigenvectors, strict=True), strict=True))
-    return found
+    dropped = len(shares) - truncation.rank
+    low, high = shares[:dropped], shares[dropped:, None]
+    theta = _SOLVER * eps * shares[-1] / (high - low).clamp_min(torch.finfo(shares.dtype).tiny)
+    moved = (theta.square() * (high + low)).sum()
+    return float((moved / max(truncation.tail * (1 - truncation.tail), 1e-30)).sqrt())
 
 
-def _stored(truncation: Truncation | None, matrix: Tensor) -> Truncation | None:
-    """The same with the basis in the matrix's precision, as it is exchanged."""
-    if truncation is None:
-        return None
-    return Truncation(
-        truncation.rank,
-        truncation.tail,
-        truncation.squared_norm,
-        truncation.basis.to(matrix.dtype).contiguous(),
-        truncation.side,
-        truncation.error,
-    )
+def is_ambiguous(shares: Tensor, rank: int, tolerance: float) -> bool:
+    """Whether a neighbour of the chosen k is as near to the tolerance, to within rounding."""
+    dropped = len(shares) - rank
+    distances = (shares.cumsum(0) - tolerance).abs()
+    neighbours = distances[max(dropped - 2, 0) : dropped + 1]
+    return bool((neighbours - distances[dropped - 1] < _AMBIGUOUS).sum() > 1)
 
 
 def cost(shape: Sequence[int]) -> float:
@@ -190,73 +174,35 @@ def cost(shape: Sequence[int]) -> float:
     return small**2 * (5 * small + large)
 
 
-def deal(costs: Mapping[str, float], hands: int) -> list[list[str]]:
-    """Deal names to `hands` processes, the dearest first and always to the one with the least so far."""
-    dealt: list[list[str]] = [[] for _ in range(hands)]
-    loads = [0.0] * hands
-    for name in sorted(costs, key=lambda name: (-costs[name], name)):
-        hand = loads.index(min(loads))
-        dealt[hand].append(name)
-        loads[hand] += costs[name]
-    return dealt
-
-
-def in_threads(
-    function: Callable[[_Item], _Result], items: Iterable[_Item], parallel: bool = True
-) -> list[_Result]:
-    """`[function(item) for item in items]`, one item a thread, with each thread's linear algebra on one core.
-
-    The results do not depend on the number of threads.
-    """
-    items = list(items)
-    threads = torch.get_num_threads()
-    workers = min(threads, len(items), os.cpu_count() or 1)
-    if not parallel or not items:
-        return [function(item) for item in items]
-    try:
-        if workers == 1:
-            torch.set_num_threads(1)
-            return [function(item) for item in items]
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, items))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def exchange(matrices: Mapping[str, Tensor], own: Mapping[str, Truncation]) -> dict[str, Truncation]:
+def exchange(matrices: Mapping[str, Tensor], ours: Mapping[str, Truncation]) -> dict[str, Truncation]:
     """Truncations of all processes on all processes, bit for bit the same.
+
+    The eigenvectors are exchanged rather than the gradients: a tenth of the traffic.
 
     Args:
         matrices: all of them, equal on all processes, in the same order.
-        own: truncations that this process made; no name is on two processes.
+        ours: truncations that this process made; no name is on two processes.
     """
     first = next(iter(matrices.values()))
-    numbers = torch.zeros(len(matrices), 5, dtype=torch.float64, device=first.device)
-    for row, name in enumerate(matrices):
-        if name in own:
-            mine = own[name]
-            values = [1.0, mine.rank, mine.tail, mine.squared_norm, float(mine.side == "dropped")]
-            numbers[row] = torch.tensor(values, dtype=torch.float64)
+    numbers = torch.zeros(len(matrices), 4, dtype=torch.float64, device=first.device)
+    sides = [min(matrix.shape) for matrix in matrices.values()]
+    bases = [first.new_zeros(side, side // 2) for side in sides]  # of the side with fewer directions
+    for index, name in enumerate(matrices):
+        if name in ours:
+            truncation = ours[name]
+            values = (1.0, truncation.rank, truncation.tail, truncation.squared_norm)
+            numbers[index] = torch.tensor(values, dtype=torch.float64)
+            bases[index][:, : truncation.basis.shape[1]] = truncation.basis
+    together = torch.cat([basis.flatten() for basis in bases])
     dist.all_reduce(numbers)  # every row has one owner, so that sums are copies
-    table = {name: row for name, row in zip(matrices, numbers.tolist(), strict=True) if row[0]}
-
-    widths = {
-        name: min(matrices[name].shape) - int(row[1]) if row[4] else int(row[1])
-        for name, row in table.items()
-    }
-    sizes = [min(matrices[name].shape) * widths[name] for name in table]
-    bases = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-    parts = dict(zip(table, bases.split(sizes), strict=True))
-    for name, truncation in own.items():
-        parts[name].copy_(truncation.basis.reshape(-1))
-    dist.all_reduce(bases)
-    return {
-        name: Truncation(
-            int(row[1]),
-            row[2],
-            row[3],
-            parts[name].view(min(matrices[name].shape), widths[name]),
-            "dropped" if row[4] else "kept",
-        )
-        for name, row in table.items()
-    }
+    dist.all_reduce(together)
+    truncations = {}
+    parts = together.split([basis.numel() for basis in bases])
+    for name, side, part, row in zip(matrices, sides, parts, numbers.tolist(), strict=True):
+        there, rank, tail, squared_norm = row
+        if there:
+            width = min(int(rank), side - int(rank))
+            basis = part.view(side, side // 2)[:, :width]
+            chosen = "dropped" if side - rank <= rank else "kept"
+            truncations[name] = Truncation(int(rank), tail, squared_norm, basis, chosen)
+    return truncations

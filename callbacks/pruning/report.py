@@ -57,6 +57,34 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return totals
 
 
+def report_of(weights: Mapping[str, Tensor], ranks: bool = True) -> dict[str, Any]:
+    """The totals of a `layer_table`, and its rows as `layers`."""
+    rows = layer_table(weights, ranks)
+    return summary(rows) | {"layers": rows}
+
+
+def draw_run(
+    label: Path,
+    history: Sequence[Sequence[float]],
+    target: float,
+    last_step: int,
+    weights: Mapping[str, Tensor],
+    ranks: bool,
+) -> None:
+    """The two pictures of a run, `<label>_schedule.png` and `<label>_layers.png`.
+
+    Args:
+        label: folder and beginning of their names.
+        history: see `plot_schedule`.
+        target: density at the end.
+        last_step: of the run.
+        weights: by name, as they are at the end.
+        ranks: see `layer_table`.
+    """
+    plot_schedule(history, target, last_step, label.with_name(f"{label.name}_schedule.png"))
+    plot_layers(layer_table(weights, ranks), label.with_name(f"{label.name}_layers.png"))
+
+
 def plot_schedule(history: Sequence[Sequence[float]], target: float, last_step: int, path: Path) -> None:
     """PNG of density and drop fraction over the optimiser steps.
 
@@ -105,10 +133,10 @@ def plot_layers(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(max(6, 0.22 * len(rows) + 3), 6.5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    kept = [(place, 1 - row["sparsity"]) for place, row in enumerate(rows) if row["sparsity"] < 1]
-    if kept:
-        upper.plot(*zip(*kept, strict=True), marker="o", markersize=4, linestyle="", color="tab:blue")
-        shares = [share for _, share in kept]
+    densities = [(index, 1 - row["sparsity"]) for index, row in enumerate(rows) if row["sparsity"] < 1]
+    if densities:
+        upper.plot(*zip(*densities, strict=True), marker="o", markersize=4, linestyle="", color="tab:blue")
+        shares = [share for _, share in densities]
         upper.set_ylim(min(shares) / 1.5, min(1.2, 1.5 * max(shares)))
     upper.axhline(1 - summary(rows)["sparsity"], color="tab:gray", linestyle=":", label="all layers")
     upper.set(ylabel="share of weights kept", yscale="log")
@@ -121,8 +149,8 @@ def plot_layers(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         ("effective_rank", "effective rank", "tab:red"),
     ):
         known = [
-            (place, row[column] / row["max_rank"])
-            for place, row in enumerate(rows)
+            (index, row[column] / row["max_rank"])
+            for index, row in enumerate(rows)
             if row.get(column) is not None
         ]
         if known:

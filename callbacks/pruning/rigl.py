@@ -1,16 +1,16 @@
 """RigL: sparse from the first step to the last, with a topology that moves."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from callbacks.pruning.base import PruningCallback, require, require_one_of
+from callbacks.pruning.base import PruningCallback
 from callbacks.pruning.criteria import keep_largest, random_mask
 from callbacks.pruning.distributions import FixedDistribution, layer_densities, linear_layers
 from callbacks.pruning.growth import Apply, move_weights
 from callbacks.pruning.schedules import Timetable, drop_fraction_at
+from lightning_modules.parts.options import check_choice, check_range
 from lightning_modules.parts.reproducibility import derived_seed, run_seed
 
 InitialMasks: TypeAlias = Literal["random", "magnitude"]
@@ -27,17 +27,13 @@ class RigL(PruningCallback):
 
     Args:
         target_sparsity: share of zeros among the selected weights, in [0, 1).
-        update_every: optimiser steps between two updates.
         topology_end: share of the run after which the masks are fixed.
         drop_fraction: share of a layer's weights that moves, at the start; falls along a half cosine.
         distribution: `erk`, `uniform` (first layer dense) or `uniform_all`.
         initial_masks: `random` as published, for random weights; `magnitude` for pretrained ones.
         apply: `growth_only` as published (an update replaces the optimiser's step) or `step` (both).
         ignore_linear: `uniform` leaves linear layers dense.
-        modules: types of layers in `torch.nn` whose weight is pruned.
-        include: globs over module paths; None takes all layers of these types.
-        exclude: globs over module paths that stay dense.
-        sync_masks: see `PruningCallback`; likewise report_ranks and total_steps.
+        options: of `PruningCallback`.
     """
 
     log_as: ClassVar[str] = "rigl"
@@ -45,28 +41,21 @@ class RigL(PruningCallback):
     def __init__(
         self,
         target_sparsity: float,
-        update_every: int = 100,
+        *,
         topology_end: float = 0.75,
         drop_fraction: float = 0.3,
         distribution: FixedDistribution = "erk",
         initial_masks: InitialMasks = "random",
         apply: Apply = "growth_only",
         ignore_linear: bool = False,
-        modules: Sequence[str] = ("Conv2d", "Linear"),
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        sync_masks: bool = True,
-        report_ranks: bool = True,
-        total_steps: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            target_sparsity, update_every, modules, include, exclude, sync_masks, report_ranks, total_steps
-        )
-        require(0 < topology_end <= 1, "topology_end", topology_end, "in (0, 1]")
-        require(0 <= drop_fraction < 1, "drop_fraction", drop_fraction, "in [0, 1)")
-        require_one_of(FixedDistribution, "distribution", distribution)
-        require_one_of(InitialMasks, "initial_masks", initial_masks)
-        require_one_of(Apply, "apply", apply)
+        super().__init__(target_sparsity, **options)
+        check_range("topology_end", topology_end, "(0, 1]")
+        check_range("drop_fraction", drop_fraction, "[0, 1)")
+        check_choice("distribution", distribution, FixedDistribution)
+        check_choice("initial_masks", initial_masks, InitialMasks)
+        check_choice("apply", apply, Apply)
         self.topology_end = topology_end
         self.drop_fraction = drop_fraction
         self.distribution = distribution
@@ -80,10 +69,8 @@ class RigL(PruningCallback):
         if end <= self.update_every:
             raise MisconfigurationException(
                 f"The run of {total_steps} optimiser steps is too short for update_every={self.update_every} "
-                "and "
-                f"topology_end={self.topology_end}: the first update must come before step {end}. Train "
-                "longer, or "
-                "lower update_every."
+                f"and topology_end={self.topology_end}: the first update must come before step {end}. "
+                "Train longer, or lower update_every."
             )
         return Timetable(total_steps, self.update_every, 0, end)
 
@@ -102,7 +89,7 @@ class RigL(PruningCallback):
                 self.masks[name] = random_mask(weight.shape, count, derived_seed(run_seed(), "rigl", name))
             else:
                 self.masks[name] = keep_largest(weight.detach().abs().float(), count)
-        self.settled = True
+        self.state.settled = True
 
     def update(self, due: int, gradients: dict[str, Tensor]) -> bool:
         """Drop and grow."""
@@ -120,8 +107,8 @@ class RigL(PruningCallback):
     def target_density(self) -> float:
         """Of all weights together; `uniform` keeps layers dense."""
         sizes = {name: weight.numel() for name, weight in self.weights.items()}
-        kept = sum(density * sizes[name] for name, density in self.densities().items())
-        return kept / sum(sizes.values())
+        alive = sum(density * sizes[name] for name, density in self.densities().items())
+        return alive / sum(sizes.values())
 
     def configuration(self) -> dict[str, Any]:
         """What the schedule depends on."""

@@ -54,12 +54,12 @@ def prunable_modules(
         MisconfigurationException: nothing is left to prune, or a weight is not a plain parameter.
     """
     types = module_types(modules)
-    found = select_modules(root, include or ["*"], types, option="include" if include else "modules")
-    excluded = set(match(found, exclude, "exclude")) if exclude else set()
+    candidates = select_modules(root, include or ["*"], types, option="include" if include else "modules")
+    excluded = set(match(candidates, exclude, "exclude")) if exclude else set()
     chosen: dict[str, nn.Module] = {}
     frozen: list[str] = []
     owners: dict[int, str] = {}
-    for path, module in found.items():
+    for path, module in candidates.items():
         if path in excluded or path.startswith(TRAINING_ONLY):
             continue
         weight = _plain_weight(path, module)

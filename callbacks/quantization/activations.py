@@ -17,11 +17,6 @@ def token_steps(x: Tensor, bits: int) -> Tensor:
     return (x.abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2)).clamp_min(SMALLEST_STEP)
 
 
-def round_through(x: Tensor) -> Tensor:
-    """Half-to-even rounding with the gradient of the identity."""
-    return x + (x.round() - x).detach()
-
-
 def quantize_tokens(x: Tensor, bits: int, symmetric: bool = True) -> Tensor:
     """`x` (..., d) rounded to a grid of its own for each token; straight-through gradient (spec 2.2).
 

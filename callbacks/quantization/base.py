@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from callbacks.deploy.compressed_tensors import ExportFormat, compression_config, export_model
-from callbacks.quantization.activations import ActivationMode
 from callbacks.quantization.blocks import find_blocks, linear_layers
 from callbacks.quantization.layers import QuantizedMatrix
 from callbacks.quantization.report import describe
 from callbacks.quantization.scheme import Scheme, resolve_schemes
 from callbacks.run.directory import announce, run_directory, write_json
 from lightning_modules.language_model import CausalLanguageModel, TokenLikelihood, token_nll
+from lightning_modules.parts.options import OptionError, options_of
 from lightning_modules.parts.strategies import is_sharded
 
 Export = Literal["none", "dense", "compressed-tensors", "both"]
@@ -36,12 +36,6 @@ class QuantizationCallback(Callback, ABC):
     trained.
 
     Args:
-        bits: of the weights, 2..8; 16 leaves them alone.
-        group_size: weights of a row that share a step, must divide the inputs of every layer; -1: the row.
-        symmetric: no zero points.
-        activation_bits: of the layers' inputs, 2..8; 16 leaves them alone.
-        activation_mode: `dynamic_token` takes a step from each token, `dynamic_token_asymmetric` a zero point
-            too, which no int8 runtime has; `static_tensor` learns one step (CBQ only).
         targets: which linear layers inside the blocks: globs over their names, class names, or `re:` and a
             regular expression.
         ignore: which of these not.
@@ -51,20 +45,21 @@ class QuantizationCallback(Callback, ABC):
             name, which transformers loads.
         baseline: also measure the perplexity before quantization, on the same batches.
 
+    The options of `Scheme` come before these.
+
     Raises:
-        ValueError: an option is out of its range, a pattern matches nothing, or a group size does not divide.
+        OptionError: an option is out of its range, a pattern matches nothing, or a group size does not
+            divide.
         MisconfigurationException: the module is no CausalLanguageModel, or the model has no such layers.
     """
 
     name: str
 
+    @options_of(Scheme)
     def __init__(
         self,
-        bits: int = 4,
-        group_size: int = -1,
-        symmetric: bool = False,
-        activation_bits: int = 16,
-        activation_mode: ActivationMode = "dynamic_token",
+        *,
+        settings: Scheme,
         targets: list[str] | None = None,
         ignore: list[str] | None = None,
         overrides: dict[str, dict[str, Any]] | None = None,
@@ -72,7 +67,7 @@ class QuantizationCallback(Callback, ABC):
         export: Export = "none",
         baseline: bool = True,
     ) -> None:
-        self.scheme = Scheme(bits, group_size, symmetric, activation_bits, activation_mode)
+        self.scheme = settings
         self.targets = targets or ["*"]
         self.ignore = ignore or []
         self.overrides = overrides or {}
@@ -108,9 +103,8 @@ class QuantizationCallback(Callback, ABC):
             return
         if is_sharded(trainer.strategy):
             raise MisconfigurationException(
-                f"{type(self).__name__} needs whole weights on each rank; "
-                f"{type(trainer.strategy).__name__} shards "
-                "them. Use one device, or DDP to share the calibration."
+                f"{type(self).__name__} needs whole weights on each rank; {type(trainer.strategy).__name__} "
+                "shards them. Use one device, or DDP to share the calibration."
             )
         self._resolve(self._model(pl_module))
 
@@ -165,10 +159,9 @@ class QuantizationCallback(Callback, ABC):
     def check(self, schemes: Mapping[str, Scheme]) -> None:
         """Refuse what this method cannot do."""
         if any(s.activation_mode == "static_tensor" and s.activation_bits < 16 for s in schemes.values()):
-            raise ValueError(
+            raise OptionError(
                 "activation_mode: static_tensor has a step that must be learned, and "
-                f"{type(self).__name__} learns "
-                "none: use dynamic_token, or CBQ."
+                f"{type(self).__name__} learns none: use dynamic_token, or CBQ."
             )
 
     def _run(self, trainer: Trainer, module: CausalLanguageModel, loaders: Any) -> None:
@@ -184,10 +177,10 @@ class QuantizationCallback(Callback, ABC):
         module.network.eval()
         # evaluation loops run in inference mode, whose tensors no graph can hold
         with torch.inference_mode(False), torch.enable_grad():
-            self.matrices, self._handles, found = self.quantize(trainer, module, blocks, schemes)
+            self.matrices, self._handles, details = self.quantize(trainer, module, blocks, schemes)
         module.network.train(training)
         self._done = True
-        self.report = describe(module.network, self.matrices, self.scheme) | found
+        self.report = describe(module.network, self.matrices, self.scheme) | details
         if before is not None:
             self.report["perplexity_before"] = before
         self._write(trainer, module)
@@ -221,14 +214,14 @@ class QuantizationCallback(Callback, ABC):
                 f"{type(self).__name__} calibrates: the data module needs `calibration_segments()`, as "
                 "TextDataModule has."
             )
-        found = provide()
+        segments = provide()
         limit = getattr(self._model(trainer.lightning_module).network.config, "max_position_embeddings", None)
-        if isinstance(limit, int) and found.shape[1] > limit:
+        if isinstance(limit, int) and segments.shape[1] > limit:
             raise MisconfigurationException(
-                f"calibration_seq_len is {found.shape[1]}, but the model has only {limit} positions "
+                f"calibration_seq_len is {segments.shape[1]}, but the model has only {limit} positions "
                 "(max_position_embeddings)."
             )
-        return found
+        return segments
 
     # The report
 

@@ -59,12 +59,12 @@ def linear_layers(network: nn.Module, blocks_path: str) -> dict[str, nn.Module]:
         MisconfigurationException: there is none; an already quantized model has other types.
     """
     prefix = f"{blocks_path}."
-    found: dict[str, nn.Module] = {
+    layers: dict[str, nn.Module] = {
         name: part
         for name, part in network.named_modules()
         if name.startswith(prefix) and isinstance(part, LAYERS) and type(part) in LAYERS
     }
-    if not found:
+    if not layers:
         kinds = sorted(
             {type(part).__name__ for name, part in network.named_modules() if name.startswith(prefix)}
         )
@@ -72,12 +72,12 @@ def linear_layers(network: nn.Module, blocks_path: str) -> dict[str, nn.Module]:
             f"There is no Linear layer in '{blocks_path}', only {', '.join(kinds)}: is the model quantized "
             "already?"
         )
-    weights = [part.get_parameter("weight") for part in found.values()]
+    weights = [part.get_parameter("weight") for part in layers.values()]
     if any(weight.is_meta for weight in weights):
         raise MisconfigurationException(
             "The model is on the meta device: load its weights before quantizing."
         )
-    return found
+    return layers
 
 
 class BlockStack:
@@ -146,9 +146,8 @@ class BlockStack:
                 handle.remove()
         if len(self._calls) != len(self.blocks):
             raise MisconfigurationException(
-                f"{type(self.network).__name__} runs {len(self._calls)} of its {len(self.blocks)} blocks "
-                "in a "
-                "forward pass: give the right list as `blocks`."
+                f"{type(self.network).__name__} runs {len(self._calls)} of its {len(self.blocks)} blocks in "
+                "a forward pass: give the right list as `blocks`."
             )
 
     @torch.no_grad()
@@ -214,16 +213,16 @@ class HiddenStates:
     def __len__(self) -> int:
         return len(self.values)
 
-    def read(self, places: Any) -> Tensor:
+    def read(self, indices: Any) -> Tensor:
         """Some segments, (chosen, length, hidden)."""
-        return self.values[places].to(self._like)
+        return self.values[indices].to(self._like)
 
-    def write(self, places: Any, hidden: Tensor) -> None:
+    def write(self, indices: Any, hidden: Tensor) -> None:
         """Overwrite some segments."""
-        self.values[places] = hidden.detach().to(device="cpu", dtype=self.values.dtype)
+        self.values[indices] = hidden.detach().to(device="cpu", dtype=self.values.dtype)
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` that cover `count` places."""
+    """Slices of at most `size` that cover `count` indices."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

@@ -14,15 +14,13 @@ from callbacks.quantization.base import QuantizationCallback, network_device
 from callbacks.quantization.cross_block import CrossBlock
 from callbacks.quantization.layers import QuantizedMatrix
 from callbacks.quantization.ranks import rank_and_world, share_of
-from callbacks.quantization.rounding import RoundingInit
 from callbacks.quantization.scheme import Scheme
 from callbacks.quantization.settings import CrossBlockSettings, Progress
 from callbacks.quantization.store import ProgressFile, fingerprint
 from callbacks.quantization.windows import sliding_windows
 from callbacks.run.directory import announce, run_directory
 from lightning_modules.language_model import CausalLanguageModel
-
-Rank = int | Literal["full"]
+from lightning_modules.parts.options import options_of
 
 
 class CBQ(QuantizationCallback):
@@ -34,76 +32,24 @@ class CBQ(QuantizationCallback):
     loaded instead of repeated (`validate`, then `test`, then `predict` calibrate once).
 
     Args:
-        window: blocks that are optimised together.
-        overlap: blocks that neighbouring windows share; they go on where the last window left them.
-        epochs: passes over the calibration segments for each window; 0 is RTN (after CFP).
-        batch_size: segments of a step, on each device.
-        rounding_rank: of A1 @ A2; 0 learns no rounding, `full` gives each weight its own V.
-        rounding_init: `fraction` starts from the weights as they are, `zero` is the paper's literal text.
-        hard_start: share of a window's steps after which the forward pass rounds; 0 from the first, 1 never.
-        lambda_com: weight of the penalty that drives soft rounding to 0 or 1 (the paper's L_com).
-        beta_start: its exponent in the first steps.
-        beta_end: its exponent at the end.
-        beta_warmup: share of the steps before the exponent falls.
-        learn_steps: train the weights' step sizes.
-        lr_rounding: Adam's rate for the rounding; published 1e-4.
-        lr_weight_step: for the step sizes of weights; published 1e-7.
-        lr_act_step: for static step sizes of activations; published 1e-6.
-        loss_l2: squared error in the loss.
-        loss_kl: divergence in the loss.
-        homologous: second target, from the quantized prefix through full-precision blocks.
-        skip_first_tokens: tokens at the start of each segment that the loss leaves out.
-        cfp_weights: truncate outlier weights before the grid is fitted.
-        cfp_activations: scale outlier channels, exactly undone in the layer before; None: only where
-            activations are quantized.
-        cfp_coarse_factor: lambda1, interquartile ranges above the third quartile.
-        cfp_variance_weight: lambda2, of the reserved part's variance.
-        cfp_min_gap: smallest gap of a split, in interquartile ranges; 0 is the literal rule.
-        cfp_granularity: a weight threshold for each matrix, or each of its rows.
-        cfp_variant: the paper's square root, or the vendor's two-sided rule.
-        seed: of A1 and of the order of the segments.
         resume: go on from, or load, what the run directory holds.
         cache_dir: hidden states in memory-mapped files in this folder instead of memory.
         cache_dtype: of the hidden states.
         offload: blocks outside the window wait in the CPU's memory, so that a large model needs a small GPU.
-        options: of `QuantizationCallback`.
+        options: of `CrossBlockSettings` and of `QuantizationCallback`.
 
     Raises:
-        ValueError: `window`, `overlap`, `rounding_rank` or another option is out of its range.
+        OptionError: `window`, `overlap`, `rounding_rank` or another option is out of its range.
         RuntimeError: a loss is not finite; names window, step and rates.
     """
 
     name = "cbq"
 
+    @options_of(CrossBlockSettings)
     def __init__(
         self,
-        window: int = 2,
-        overlap: int = 1,
-        epochs: int = 3,
-        batch_size: int = 1,
-        rounding_rank: Rank = 5,
-        rounding_init: RoundingInit = "fraction",
-        hard_start: float = 0.0,
-        lambda_com: float = 0.01,
-        beta_start: float = 20.0,
-        beta_end: float = 2.0,
-        beta_warmup: float = 0.2,
-        learn_steps: bool = True,
-        lr_rounding: float = 1e-2,
-        lr_weight_step: float = 1e-3,
-        lr_act_step: float = 1e-4,
-        loss_l2: bool = True,
-        loss_kl: bool = True,
-        homologous: bool = True,
-        skip_first_tokens: int = 0,
-        cfp_weights: bool = True,
-        cfp_activations: bool | None = None,
-        cfp_coarse_factor: float = 1.5,
-        cfp_variance_weight: float = 1.0,
-        cfp_min_gap: float = 0.1,
-        cfp_granularity: Literal["tensor", "channel"] = "tensor",
-        cfp_variant: Literal["paper", "two_sided"] = "paper",
-        seed: int = 0,
+        *,
+        settings: CrossBlockSettings,
         resume: bool = True,
         cache_dir: Path | None = None,
         cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -111,39 +57,7 @@ class CBQ(QuantizationCallback):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if cfp_activations is None:
-            per_layer = [layer.get("activation_bits", 16) for layer in self.overrides.values()]
-            cfp_activations = min([self.scheme.activation_bits, *per_layer]) < 16
-        self.settings = CrossBlockSettings(
-            window=window,
-            overlap=overlap,
-            epochs=epochs,
-            batch_size=batch_size,
-            rounding_rank=rounding_rank,
-            rounding_init=rounding_init,
-            hard_start=hard_start,
-            lambda_com=lambda_com,
-            beta_start=beta_start,
-            beta_end=beta_end,
-            beta_warmup=beta_warmup,
-            learn_steps=learn_steps,
-            lr_rounding=lr_rounding,
-            lr_weight_step=lr_weight_step,
-            lr_act_step=lr_act_step,
-            loss_l2=loss_l2,
-            loss_kl=loss_kl,
-            homologous=homologous,
-            skip_first_tokens=skip_first_tokens,
-            cfp_weights=cfp_weights,
-            cfp_activations=cfp_activations,
-            cfp_coarse_factor=cfp_coarse_factor,
-            cfp_variance_weight=cfp_variance_weight,
-            cfp_min_gap=cfp_min_gap,
-            cfp_granularity=cfp_granularity,
-            cfp_variant=cfp_variant,
-            seed=seed,
-        )
-        self.settings.validate()
+        self.settings = settings
         self.resume = resume
         self.offload = offload
         self.cache_dir = cache_dir
@@ -192,17 +106,13 @@ class CBQ(QuantizationCallback):
             offload=self.offload,
         )
         done = engine.run()
-        found = self._found(done, windows, schemes, len(segments), segments.numel())
-        return (
-            done.matrices,
-            engine.handles,
-            {
-                **found,
-                "windows_loaded": resumed,
-                "calibration_seconds": sum(row["seconds"] for row in done.rows),
-                "this_run_seconds": time.perf_counter() - began,
-            },
-        )
+        report = {
+            **self._report(done, windows, segments),
+            "windows_loaded": resumed,
+            "calibration_seconds": sum(row["seconds"] for row in done.rows),
+            "this_run_seconds": time.perf_counter() - began,
+        }
+        return done.matrices, engine.handles, report
 
     def _progress_file(
         self,
@@ -211,19 +121,14 @@ class CBQ(QuantizationCallback):
         schemes: dict[str, Scheme],
         segments: torch.Tensor,
     ) -> ProgressFile:
-        identity = asdict(self.settings) | fingerprint(module.network, segments)
+        identity = asdict(self.settings.resolved(schemes.values())) | fingerprint(module.network, segments)
         identity |= {"schemes": {name: asdict(scheme) for name, scheme in schemes.items()}}
         identity |= {"ranks": rank_and_world()[1], "precision": str(trainer.precision)}
         identity |= {"cache_dtype": str(self.cache_dtype)}
         return ProgressFile(run_directory(trainer) / f"{self.name}_progress.pt", identity)
 
-    def _found(
-        self,
-        done: Progress,
-        windows: list[tuple[int, int]],
-        schemes: dict[str, Scheme],
-        count: int,
-        tokens: int,
+    def _report(
+        self, done: Progress, windows: list[tuple[int, int]], segments: torch.Tensor
     ) -> dict[str, Any]:
         """The method's part of the report."""
         settings = self.settings
@@ -233,8 +138,8 @@ class CBQ(QuantizationCallback):
             "rounding_rank": settings.rounding_rank,
             "homologous": settings.homologous,
             "windows_optimised": len(windows),
-            "calibration_segments": count,
-            "calibration_tokens": tokens,
+            "calibration_segments": len(segments),
+            "calibration_tokens": segments.numel(),
             "truncated_weights": int(sum(entry["weights"] for entry in done.thresholds.values())),
             "scaled_channels": int(sum((scales != 1).sum().item() for scales in done.scales.values())),
             "peak_memory_bytes": max((row["peak_memory_bytes"] for row in done.rows), default=0),

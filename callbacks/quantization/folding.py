@@ -81,7 +81,7 @@ class ChannelRange:
 def folds_of(block: nn.Module, quantized: Sequence[str]) -> list[Fold]:
     """The folds that a block has, all of whose consumers are quantized."""
     parts = dict(block.named_modules())
-    found = []
+    folds = []
     for fold in FOLDS:
         there = fold.producer in parts and all(name in parts for name in fold.consumers)
         if there and all(name in quantized for name in fold.consumers):
@@ -89,8 +89,8 @@ def folds_of(block: nn.Module, quantized: Sequence[str]) -> list[Fold]:
             if fold.producer == "fc1" and not relu:
                 rank_zero_warn("CFP: channels behind an activation that is not ReLU are not scaled (fc2).")
                 continue
-            found.append(fold)
-    return found
+            folds.append(fold)
+    return folds
 
 
 def fold_scales(

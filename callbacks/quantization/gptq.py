@@ -12,6 +12,7 @@ from callbacks.quantization.ranks import share_of
 from callbacks.quantization.scheme import Scheme
 from callbacks.quantization.sequential import SequentialGPTQ
 from lightning_modules.language_model import CausalLanguageModel
+from lightning_modules.parts.options import check_range
 
 
 class GPTQ(QuantizationCallback):
@@ -21,7 +22,7 @@ class GPTQ(QuantizationCallback):
         damp: share of the mean diagonal of the Hessian that is added to it.
         batch_size: calibration segments that pass through a block at once.
         true_sequential: see `SequentialGPTQ`.
-        options: of `QuantizationCallback`.
+        options: of `Scheme` and of `QuantizationCallback`.
     """
 
     name = "gptq"
@@ -30,8 +31,8 @@ class GPTQ(QuantizationCallback):
         self, damp: float = 0.01, batch_size: int = 1, true_sequential: bool = True, **options: Any
     ) -> None:
         super().__init__(**options)
-        if damp <= 0 or batch_size < 1:
-            raise ValueError(f"damp must be positive and batch_size at least 1, got {damp} and {batch_size}.")
+        check_range("damp", damp, "(0, inf)")
+        check_range("batch_size", batch_size, "[1, inf)")
         self.damp = damp
         self.batch_size = batch_size
         self.true_sequential = true_sequential
@@ -53,11 +54,11 @@ class GPTQ(QuantizationCallback):
             true_sequential=self.true_sequential,
         )
         matrices = engine.run()
-        found = {
+        report = {
             "calibration_segments": len(segments),
             "calibration_tokens": segments.numel(),
             "calibration_seconds": time.perf_counter() - began,
             "peak_memory_bytes": max(row["peak_memory_bytes"] for row in engine.rows),
             "blocks": engine.rows,
         }
-        return matrices, engine.handles, found
+        return matrices, engine.handles, report

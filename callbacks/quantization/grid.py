@@ -85,9 +85,3 @@ def from_integers(integers: Tensor, grid: Grid) -> Tensor:
     """The weights (d_out, d_in) that integers stand for."""
     groups = grouped(integers, grid.scale.shape[1])
     return ((groups - grid.zero_point[..., None]) * grid.scale[..., None]).flatten(1)
-
-
-def relative_error(weight: Tensor, quantized: Tensor) -> float:
-    """Squared error as a share of the squared norm."""
-    weight = weight.double()
-    return float((quantized.double() - weight).square().sum() / weight.square().sum())

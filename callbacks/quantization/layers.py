@@ -1,6 +1,6 @@
 """Linear layers while they are quantized, and what is left of them afterwards."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -122,10 +122,8 @@ class LearnedLayer(nn.Module):
     def harden(self) -> QuantizedMatrix:
         """The final integers; nothing of what learned them is kept."""
         step = self.activation.step
-        kept = None if step is None else step.item()
+        activation_step = None if step is None else step.item()
         if self.rounding is None:
-            return QuantizedMatrix(self.scheme, activation_step=kept)
-        found = QuantizedMatrix.of(self.scheme, self.rounding.integers(), self.rounding.grid())
-        return QuantizedMatrix(
-            self.scheme, found.integers, found.scale, found.zero_point, kept, self.rounding.changed()
-        )
+            return QuantizedMatrix(self.scheme, activation_step=activation_step)
+        matrix = QuantizedMatrix.of(self.scheme, self.rounding.integers(), self.rounding.grid())
+        return replace(matrix, activation_step=activation_step, changed=self.rounding.changed())

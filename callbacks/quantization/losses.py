@@ -30,8 +30,8 @@ def hidden_error(
     if l2:
         error = error + (target - output).square().mean()
     if kl:
-        wanted, found = target.log_softmax(-1), output.log_softmax(-1)
-        error = error + (wanted.exp() * (wanted - found)).sum(-1).mean()
+        log_target, log_output = target.log_softmax(-1), output.log_softmax(-1)
+        error = error + (log_target.exp() * (log_target - log_output)).sum(-1).mean()
     return error
 
 

@@ -18,7 +18,7 @@ class Detection:
         coarse: how many values lie above T.
         threshold: tau; outliers are the values above it.
         outliers: how many there are.
-        split: i*, the place in the coarse set where the outliers begin; None where there is none.
+        split: i*, the index in the coarse set where the outliers begin; None where there is none.
         merit: M(i*), squared gap minus lambda2 times the variance of the reserved part.
     """
 
@@ -59,8 +59,8 @@ def detect_outliers(
     coarse = flat[flat.double() > bound].double().sort().values  # ascending o_0 .. o_{N-1}
     if not len(coarse):
         return Detection(bound, 0, largest, 0)
-    kept = float(flat[flat.double() <= bound].amax())
-    reserved = torch.cat([coarse.new_tensor([kept]), coarse[:-1]])  # r_i
+    below = float(flat[flat.double() <= bound].amax())
+    reserved = torch.cat([coarse.new_tensor([below]), coarse[:-1]])  # r_i
     gaps = coarse - reserved
     merit = gaps.square() - variance_weight * _prefix_variances(coarse)
     merit[gaps < min_gap * spread] = -torch.inf
@@ -90,10 +90,10 @@ def channel_scales(maxima: Tensor, min_gap: float = 0.1, **options: float) -> tu
         min_gap: see `detect_outliers`.
         options: further options of `detect_outliers`.
     """
-    found = detect_outliers(maxima, min_gap=min_gap, **options)
-    if not found.outliers or found.threshold <= 0:
-        return torch.ones_like(maxima), found
-    return (maxima / found.threshold).sqrt().clamp_min(1), found
+    detection = detect_outliers(maxima, min_gap=min_gap, **options)
+    if not detection.outliers or detection.threshold <= 0:
+        return torch.ones_like(maxima), detection
+    return (maxima / detection.threshold).sqrt().clamp_min(1), detection
 
 
 def two_sided_scales(maxima: Tensor, minima: Tensor, alpha: float = 1.5, power: float = 0.7) -> Tensor:
@@ -112,9 +112,10 @@ def two_sided_scales(maxima: Tensor, minima: Tensor, alpha: float = 1.5, power: 
     for side in (maxima.clamp_min(0), (-minima).clamp_min(0)):
         if not len(side):
             raise ValueError("CFP: there are no channels to find outliers in.")
-        kept = _vendor_threshold(side, alpha)
-        if kept > 0:
-            scales = torch.maximum(scales, torch.where(side > kept, (side / kept) ** power, 1.0))
+        threshold = _vendor_threshold(side, alpha)
+        if threshold > 0:
+            outliers = torch.where(side > threshold, (side / threshold) ** power, 1.0)
+            scales = torch.maximum(scales, outliers)
     return scales
 
 
@@ -124,14 +125,11 @@ def _vendor_threshold(side: Tensor, alpha: float) -> float:
     lower, upper = (float(torch.quantile(ordered, q)) for q in (0.2, 0.8))
     bound = upper + alpha * (upper - lower)
     coarse = ordered[ordered > bound]
-    kept = ordered[ordered <= bound]
-    if len(coarse) < 2:
-        return float(kept[-1])
-    best, threshold = -1000.0, float(kept[-1])
-    for place in range(1, len(coarse)):
-        reserved = coarse[:place]
-        variance = float(reserved.var()) if place > 1 else 0.0
-        merit = float(coarse[place] - reserved[-1]) - variance
+    best, threshold = -1000.0, float(ordered[ordered <= bound][-1])
+    for split in range(1, len(coarse)):
+        reserved = coarse[:split]
+        variance = float(reserved.var()) if split > 1 else 0.0
+        merit = float(coarse[split] - reserved[-1]) - variance
         if merit > best:
             best, threshold = merit, float(reserved[-1])
     return threshold

@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, distributed
 
+from lightning_modules.parts.options import OptionError
+
 
 def rank_and_world() -> tuple[int, int]:
     """Of torch.distributed; (0, 1) without it."""
@@ -19,11 +21,11 @@ def share_of(segments: Tensor) -> Tensor:
     """This rank's segments, every world-size-th, equally many on each rank.
 
     Raises:
-        ValueError: there are fewer segments than ranks.
+        OptionError: there are fewer segments than ranks.
     """
     rank, world = rank_and_world()
     if len(segments) < world:
-        raise ValueError(f"{len(segments)} calibration segments are too few for {world} ranks.")
+        raise OptionError(f"{len(segments)} calibration segments are too few for {world} ranks.")
     rest = len(segments) % world
     if rest:
         rank_zero_warn(
@@ -35,14 +37,14 @@ def share_of(segments: Tensor) -> Tensor:
 def average(tensors: Iterable[Tensor]) -> None:
     """Mean over the ranks, in place, in one message."""
     _, world = rank_and_world()
-    kept = list(tensors)
-    if world == 1 or not kept:
+    parts = list(tensors)
+    if world == 1 or not parts:
         return
-    flat = torch.cat([tensor.flatten() for tensor in kept])
+    flat = torch.cat([tensor.flatten() for tensor in parts])
     distributed.all_reduce(flat)
     flat /= world
-    for tensor, part in zip(kept, flat.split([tensor.numel() for tensor in kept]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+    for tensor, mean in zip(parts, flat.split([tensor.numel() for tensor in parts]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 def total(tensor: Tensor) -> Tensor:

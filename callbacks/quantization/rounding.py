@@ -23,13 +23,6 @@ def rect(v: Tensor) -> Tensor:
     return (v.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
-def rect_slope(v: Tensor) -> Tensor:
-    """Derivative of `rect`: 0 where it is clipped, 0.3 at 0."""
-    sigmoid = v.sigmoid()
-    raw = sigmoid * (ZETA - GAMMA) + GAMMA
-    return sigmoid * (1 - sigmoid) * (ZETA - GAMMA) * ((raw >= 0) & (raw <= 1))
-
-
 def rect_inverse(fraction: Tensor) -> Tensor:
     """V with rect(v) = fraction, for fractions in [0, 1]: logit((f - gamma) / (zeta - gamma))."""
     return ((fraction - GAMMA) / (ZETA - GAMMA)).logit()
@@ -200,7 +193,3 @@ class LearnedRounding(nn.Module):
     def grid(self) -> Grid:
         """The present grid."""
         return Grid(self.scale.detach(), self.zero_point, self.low, self.high)
-
-    def trainable_numbers(self) -> int:
-        """Of the rounding: rank (d_out + d_in), or d_out d_in."""
-        return sum(p.numel() for p in self.rounding_parameters())

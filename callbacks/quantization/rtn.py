@@ -16,7 +16,7 @@ class RTN(QuantizationCallback):
     """Round-to-nearest, see `QuantizationCallback` for when and what.
 
     Args:
-        options: of `QuantizationCallback`.
+        options: of `Scheme` and of `QuantizationCallback`.
     """
 
     name = "rtn"

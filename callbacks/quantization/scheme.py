@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from callbacks.quantization.activations import ActivationMode
+from lightning_modules.parts.options import OptionError, check
 from lightning_modules.parts.selection import match
 
 LAYERS = (nn.Linear, Conv1D)
@@ -20,13 +21,14 @@ LAYERS = (nn.Linear, Conv1D)
 class Scheme:
     """How one linear layer is quantized.
 
-    Attributes:
-        bits: of the weights, 2..8, or 16 to leave them alone.
-        group_size: columns that share a step; -1 is a whole row ("per channel").
-        symmetric: without a zero point.
-        activation_bits: of the layer's input, 2..8, or 16 to leave it alone.
-        activation_mode: a step for each token on the fly, with or without a zero point, or one (learnable)
-            step.
+    Args:
+        bits: of the weights, 2..8; 16 leaves them alone.
+        group_size: weights of a row that share a step, must divide the inputs of every layer; -1: the row
+            ("per channel").
+        symmetric: no zero points.
+        activation_bits: of the layers' inputs, 2..8; 16 leaves them alone.
+        activation_mode: `dynamic_token` takes a step from each token, `dynamic_token_asymmetric` a zero point
+            too, which no int8 runtime has; `static_tensor` learns one step (CBQ only).
     """
 
     bits: int = 4
@@ -38,10 +40,9 @@ class Scheme:
     def __post_init__(self) -> None:
         for option in ("bits", "activation_bits"):
             value = getattr(self, option)
-            if not (2 <= value <= 8 or value == 16):
-                raise ValueError(f"{option} must be 2..8, or 16 to leave it alone; got {value}.")
-        if self.group_size != -1 and self.group_size < 1:
-            raise ValueError(f"group_size must be positive, or -1 for a whole row; got {self.group_size}.")
+            check(2 <= value <= 8 or value == 16, option, value, "2..8, or 16 to leave it alone")
+        size = self.group_size
+        check(size >= 1 or size == -1, "group_size", size, "positive, or -1 for a whole row")
 
     def __str__(self) -> str:
         group = "per channel" if self.group_size == -1 else f"g{self.group_size}"
@@ -64,17 +65,17 @@ def matching(
     """Names that match a glob, a class name (`Linear`) or a regular expression (`re:...down_proj`).
 
     Raises:
-        ValueError: a pattern matches nothing; names `option` and near misses.
+        OptionError: a pattern matches nothing; names `option` and near misses.
     """
     names = list(names)
     chosen: set[str] = set()
     for written in patterns:
         pattern = written.removeprefix("network.")
         if pattern.startswith("re:"):
-            found = [name for name in names if re.fullmatch(pattern[3:], name)]
+            matches = [name for name in names if re.fullmatch(pattern[3:], name)]
         else:
-            found = [name for name in names if types[name] == pattern or fnmatchcase(name, pattern)]
-        chosen.update(found or match(names, [pattern], option))
+            matches = [name for name in names if types[name] == pattern or fnmatchcase(name, pattern)]
+        chosen.update(matches or match(names, [pattern], option))
     return [name for name in names if name in chosen]
 
 
@@ -95,7 +96,7 @@ def resolve_schemes(
         overrides: `{pattern: {option of Scheme: value}}`; later ones win.
 
     Raises:
-        ValueError: a pattern matches nothing, an option is unknown or out of range, or a group size does not
+        OptionError: a pattern matches nothing, an option is unknown or out of range, or a group size does not
             divide the inputs of some layers, which are listed.
     """
     types = {name: type(layer).__name__ for name, layer in layers.items()}
@@ -106,21 +107,21 @@ def resolve_schemes(
     for pattern, options in (overrides or {}).items():
         unknown = sorted(set(options) - known)
         if unknown:
-            raise ValueError(
+            raise OptionError(
                 f"overrides['{pattern}']: {', '.join(unknown)} is none of {', '.join(sorted(known))}."
             )
         for name in matching(schemes, [pattern], types, "overrides"):
             schemes[name] = replace(schemes[name], **options)
-    schemes = {name: found for name, found in schemes.items() if found.active}
+    schemes = {name: resolved for name, resolved in schemes.items() if resolved.active}
     if not schemes:
-        raise ValueError("No layer is left to quantize: see targets, ignore and overrides.")
+        raise OptionError("No layer is left to quantize: see targets, ignore and overrides.")
     wrong = [
-        f"{name} (group_size {found.group_size}, d_in {columns_of(layers[name])})"
-        for name, found in schemes.items()
-        if found.bits < 16 and found.group_size != -1 and columns_of(layers[name]) % found.group_size
+        f"{name} (group_size {resolved.group_size}, d_in {columns_of(layers[name])})"
+        for name, resolved in schemes.items()
+        if resolved.bits < 16 and resolved.group_size != -1 and columns_of(layers[name]) % resolved.group_size
     ]
     if wrong:
-        raise ValueError(
+        raise OptionError(
             f"group_size must divide the number of inputs; it does not in {len(wrong)} layers: "
             f"{', '.join(wrong[:8])}{', ...' if len(wrong) > 8 else ''}."
         )

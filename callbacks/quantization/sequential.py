@@ -1,6 +1,7 @@
 """RTN and GPTQ on a whole network, in plain torch."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,8 +108,8 @@ class SequentialGPTQ:
             for together in [[group] for group in groups] if self.true_sequential else [groups]:
                 matrices |= self._quantize(index, together, hidden)
             if index < indices[-1]:
-                for place, batch in enumerate(hidden):
-                    hidden[place] = self.stack.run(index, index + 1, batch.to(self.device)).cpu()
+                for number, batch in enumerate(hidden):
+                    hidden[number] = self.stack.run(index, index + 1, batch.to(self.device)).cpu()
             row = {"block": index, "seconds": time.perf_counter() - began}
             self.rows.append({**row, "peak_memory_bytes": memory.stop()})
         return matrices
@@ -116,7 +117,7 @@ class SequentialGPTQ:
     def _groups(self, index: int, hidden: list[Tensor]) -> list[list[str]]:
         """The layers of a block as they are executed, those of one input together."""
         names = self.stack.layer_names(index, list(self.schemes))
-        inputs: dict[str, list[Tensor]] = {}  # held, so that none takes another's place
+        inputs: dict[str, list[Tensor]] = {}  # held, so that no other gets the same id
         handles = [
             self.network.get_submodule(name).register_forward_pre_hook(
                 lambda _, arguments, name=name: inputs.setdefault(name, []).append(arguments[0])
@@ -144,18 +145,18 @@ class SequentialGPTQ:
         if any(watched):
             for batch in hidden:
                 self.stack.run(index, index + 1, batch.to(self.device))
-        found: dict[str, QuantizedMatrix] = {}
+        matrices: dict[str, QuantizedMatrix] = {}
         for group, inputs in zip(groups, watched, strict=True):
             hessian = inputs.finish() if inputs else None
             for name in group:
                 layer, scheme = self.network.get_submodule(name), self.schemes[name]
-                found[name] = QuantizedMatrix(scheme)
+                matrices[name] = QuantizedMatrix(scheme)
                 if hessian is not None and scheme.bits < 16:
-                    found[name] = self._matrix(layer, scheme, hessian)
-                handle = found[name].install(layer)
+                    matrices[name] = self._matrix(layer, scheme, hessian)
+                handle = matrices[name].install(layer)
                 if handle is not None:
                     self.handles.append(handle)
-        return found
+        return matrices
 
     def _matrix(self, layer: nn.Module, scheme: Scheme, hessian: Tensor) -> QuantizedMatrix:
         weight = matrix_of(layer).float()
@@ -163,5 +164,4 @@ class SequentialGPTQ:
         integers, grid = gptq_integers(weight, hessian, *options, damp=self.damp)
         plain = to_integers(weight, fit_grid(weight, *options))
         matrix = QuantizedMatrix.of(scheme, integers, grid)
-        changed = float((plain != integers).double().mean())
-        return QuantizedMatrix(scheme, matrix.integers, matrix.scale, matrix.zero_point, changed=changed)
+        return replace(matrix, changed=float((plain != integers).double().mean()))

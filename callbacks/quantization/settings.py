@@ -1,18 +1,67 @@
 """What decides a cross-block quantization, and how far it has got."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
 from callbacks.quantization.layers import QuantizedMatrix
 from callbacks.quantization.rounding import RoundingInit
+from callbacks.quantization.scheme import Scheme
 from callbacks.quantization.windows import sliding_windows
+from lightning_modules.parts.options import check, check_range
+
+_RANGES = {
+    "epochs": "[0, inf)",
+    "batch_size": "[1, inf)",
+    "hard_start": "[0, 1]",
+    "beta_warmup": "[0, 1)",
+    "skip_first_tokens": "[0, inf)",
+    "cfp_min_gap": "[0, inf)",
+    "lr_rounding": "[0, inf)",
+    "lr_weight_step": "[0, inf)",
+    "lr_act_step": "[0, inf)",
+}
 
 
 @dataclass(frozen=True)
 class CrossBlockSettings:
-    """Everything that decides the integers, see `CBQ` for what each means."""
+    """Everything that decides CBQ's integers besides the schemes of the layers.
+
+    Args:
+        window: blocks that are optimised together.
+        overlap: blocks that neighbouring windows share; they go on where the last window left them.
+        epochs: passes over the calibration segments for each window; 0 is RTN (after CFP).
+        batch_size: segments of a step, on each device.
+        rounding_rank: of A1 @ A2; 0 learns no rounding, `full` gives each weight its own V.
+        rounding_init: `fraction` starts from the weights as they are, `zero` is the paper's literal text.
+        hard_start: share of a window's steps after which the forward pass rounds; 0 from the first, 1 never.
+        lambda_com: weight of the penalty that drives soft rounding to 0 or 1 (the paper's L_com).
+        beta_start: its exponent in the first steps.
+        beta_end: its exponent at the end.
+        beta_warmup: share of the steps before the exponent falls.
+        learn_steps: train the weights' step sizes.
+        lr_rounding: Adam's rate for the rounding; published 1e-4.
+        lr_weight_step: for the step sizes of weights; published 1e-7.
+        lr_act_step: for static step sizes of activations; published 1e-6.
+        loss_l2: squared error in the loss.
+        loss_kl: divergence in the loss.
+        homologous: second target, from the quantized prefix through full-precision blocks.
+        skip_first_tokens: tokens at the start of each segment that the loss leaves out.
+        cfp_weights: truncate outlier weights before the grid is fitted.
+        cfp_activations: scale outlier channels, exactly undone in the layer before; None: only where
+            activations are quantized.
+        cfp_coarse_factor: lambda1, interquartile ranges above the third quartile.
+        cfp_variance_weight: lambda2, of the reserved part's variance.
+        cfp_min_gap: smallest gap of a split, in interquartile ranges; 0 is the literal rule.
+        cfp_granularity: a weight threshold for each matrix, or each of its rows.
+        cfp_variant: the paper's square root, or the vendor's two-sided rule.
+        seed: of A1 and of the order of the segments.
+
+    Raises:
+        OptionError: an option is out of its range.
+    """
 
     window: int = 2
     overlap: int = 1
@@ -34,7 +83,7 @@ class CrossBlockSettings:
     homologous: bool = True
     skip_first_tokens: int = 0
     cfp_weights: bool = True
-    cfp_activations: bool = True
+    cfp_activations: bool | None = None
     cfp_coarse_factor: float = 1.5
     cfp_variance_weight: float = 1.0
     cfp_min_gap: float = 0.1
@@ -42,27 +91,19 @@ class CrossBlockSettings:
     cfp_variant: Literal["paper", "two_sided"] = "paper"
     seed: int = 0
 
-    def validate(self) -> None:
-        """Refuse what is out of range.
-
-        Raises:
-            ValueError: names the option.
-        """
+    def __post_init__(self) -> None:
         sliding_windows(1, self.window, self.overlap)
-        ranges = {
-            "epochs": self.epochs >= 0,
-            "batch_size": self.batch_size >= 1,
-            "rounding_rank": self.rounding_rank == "full" or int(self.rounding_rank) >= 0,
-            "hard_start": 0 <= self.hard_start <= 1,
-            "beta_warmup": 0 <= self.beta_warmup < 1,
-            "skip_first_tokens": self.skip_first_tokens >= 0,
-            "cfp_min_gap": self.cfp_min_gap >= 0,
-            "loss_l2 and loss_kl": self.loss_l2 or self.loss_kl,
-            "learning rates": min(self.lr_rounding, self.lr_weight_step, self.lr_act_step) >= 0,
-        }
-        wrong = [option for option, fine in ranges.items() if not fine]
-        if wrong:
-            raise ValueError(f"CBQ: {', '.join(wrong)} is out of range.")
+        for option, interval in _RANGES.items():
+            check_range(option, getattr(self, option), interval)
+        if self.rounding_rank != "full":
+            check_range("rounding_rank", self.rounding_rank, "[0, inf)")
+        check(self.loss_l2 or self.loss_kl, "loss_kl", self.loss_kl, "true where loss_l2 is false")
+
+    def resolved(self, schemes: Iterable[Scheme]) -> "CrossBlockSettings":
+        """The same with `cfp_activations` decided for the layers that are quantized."""
+        if self.cfp_activations is not None:
+            return self
+        return replace(self, cfp_activations=any(scheme.activation_bits < 16 for scheme in schemes))
 
 
 @dataclass

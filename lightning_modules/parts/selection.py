@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lightning_modules.parts.options import OptionError
+
 
 def match(names: Iterable[str], patterns: Sequence[str], option: str) -> list[str]:
     """Names that match at least one glob, in the order of `names`.
@@ -17,14 +19,14 @@ def match(names: Iterable[str], patterns: Sequence[str], option: str) -> list[st
         option: how the user calls this list of patterns, for the error message.
 
     Raises:
-        ValueError: a pattern matches nothing; the message lists near misses.
+        OptionError: a pattern matches nothing; the message lists near misses.
     """
     names = list(names)
     chosen: set[str] = set()
     for pattern in patterns:
         found = [name for name in names if fnmatchcase(name, pattern)]
         if not found:
-            raise ValueError(
+            raise OptionError(
                 f"{option}: the pattern '{pattern}' matches nothing. {_near_misses(names, pattern)}"
             )
         chosen.update(found)
@@ -46,7 +48,7 @@ def select_modules(
         option: how the user calls the patterns, for the error message.
 
     Raises:
-        ValueError: a pattern matches no module (of the wanted types); near misses, or the types seen, are
+        OptionError: a pattern matches no module (of the wanted types); near misses, or the types seen, are
             listed.
     """
     modules = {name: module for name, module in root.named_modules() if name}
@@ -54,7 +56,7 @@ def select_modules(
     if types is not None and not typed:
         seen = sorted({type(module).__name__ for module in modules.values()})
         wanted = ", ".join(kind.__name__ for kind in types)
-        raise ValueError(f"{option}: no module of type {wanted}; the types seen are {', '.join(seen)}.")
+        raise OptionError(f"{option}: no module of type {wanted}; the types seen are {', '.join(seen)}.")
     return {name: typed[name] for name in match(typed, patterns, option)}
 
 

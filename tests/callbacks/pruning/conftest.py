@@ -32,7 +32,7 @@ def fill() -> Any:
 def no_drawing(request, monkeypatch) -> None:
     """Two plots take longer than a whole fit here; tests that want them ask for `drawing`."""
     if "drawing" not in request.fixturenames:
-        monkeypatch.setattr("callbacks.pruning.base.PruningCallback._draw", lambda *_: None)
+        monkeypatch.setattr("callbacks.pruning.base.draw_run", lambda *_: None)
 
 
 @pytest.fixture

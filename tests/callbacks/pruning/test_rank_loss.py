@@ -9,7 +9,7 @@ from callbacks.pruning.rank_loss import (
     delta_rank,
     effective_rank,
     energies,
-    numerical_rank,
+    gram,
     rank_loss,
 )
 
@@ -22,6 +22,15 @@ def golden_weight(case, fill):
         cut = magnitude.flatten().sort().values[round(case["sparsity"] * weight.numel()) - 1]
         weight = weight * (magnitude > cut)
     return weight
+
+
+@pytest.mark.parametrize("shape", [(300, 500), (500, 300), (64, 64), (129, 200)])
+def test_the_lower_triangle_of_the_gram_matrix_is_whole(shape):
+    matrix = torch.randn(shape, dtype=torch.float64)
+    plain = matrix @ matrix.T if shape[0] <= shape[1] else matrix.T @ matrix
+    torch.testing.assert_close(gram(matrix).tril(), plain.tril())
+    values = torch.linalg.eigvalsh(gram(matrix))
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(plain))
 
 
 @pytest.mark.parametrize("backend", ["gram", "svd"])
@@ -99,12 +108,12 @@ def test_closed_cases():
 
 def test_ranks_for_reports():
     flat = energies(torch.eye(8))
-    assert (delta_rank(flat), effective_rank(flat), numerical_rank(flat)) == (8, pytest.approx(8), 8)
+    assert (delta_rank(flat), effective_rank(flat)) == (8, pytest.approx(8))
     assert delta_rank(flat, 0.3) == 6
     line = energies(torch.ones(3, 7))
-    assert (delta_rank(line), effective_rank(line), numerical_rank(line)) == (1, pytest.approx(1), 1)
+    assert (delta_rank(line), effective_rank(line)) == (1, pytest.approx(1))
     nothing = energies(torch.zeros(3, 7))
-    assert (delta_rank(nothing), effective_rank(nothing), numerical_rank(nothing)) == (0, 0, 0)
+    assert (delta_rank(nothing), effective_rank(nothing)) == (0, 0)
     shares = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
     entropy = -sum(p * math.log(p) for p in (0.7, 0.2, 0.1))
     assert effective_rank(energies(torch.diag(shares.sqrt()))) == pytest.approx(math.exp(entropy))

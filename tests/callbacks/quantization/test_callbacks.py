@@ -11,6 +11,7 @@ from callbacks.quantization.base import QuantizationCallback
 from callbacks.quantization.blocks import linear_layers
 from callbacks.writers.text import TextWriter
 from lightning_modules import ImageClassifier
+from lightning_modules.parts.options import OptionError
 
 SMALL = {"bits": 3, "group_size": 32}
 
@@ -144,17 +145,38 @@ def test_overrides_and_ignore(make_model, tokens, trainer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 9}, "bits must be 2..8"),
-        ({"activation_bits": 1}, "activation_bits must be 2..8"),
-        ({"window": 0}, "window must be at least 1"),
-        ({"overlap": 2}, r"overlap must be in 0..window - 1 = 1, got 2"),
-        ({"rounding_rank": -1}, "rounding_rank is out of range"),
-        ({"loss_l2": False, "loss_kl": False}, "loss_l2 and loss_kl"),
+        ({"bits": 9}, r"bits=9: it must be 2\.\.8, or 16"),
+        ({"activation_bits": 1}, r"activation_bits=1: it must be 2\.\.8"),
+        ({"group_size": 0}, "group_size=0: it must be positive, or -1"),
+        ({"window": 0}, "window=0: it must be at least 1"),
+        ({"overlap": 2}, r"overlap=2: it must be in 0\.\.window - 1 = 1"),
+        ({"rounding_rank": -1}, "rounding_rank=-1: it must be at least 0"),
+        ({"epochs": -1}, "epochs=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"hard_start": 1.1}, r"hard_start=1\.1: it must be in \[0, 1\]"),
+        ({"beta_warmup": 1.0}, r"beta_warmup=1\.0"),
+        ({"skip_first_tokens": -1}, "skip_first_tokens=-1"),
+        ({"cfp_min_gap": float("nan")}, "cfp_min_gap=nan"),
+        ({"lr_weight_step": -1e-3}, r"lr_weight_step=-0\.001"),
+        ({"loss_l2": False, "loss_kl": False}, "loss_kl=False: it must be true where loss_l2 is false"),
     ],
 )
 def test_options_out_of_range(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(OptionError, match=message):
         CBQ(**options)
+
+
+def test_options_of_gptq_out_of_range():
+    with pytest.raises(OptionError, match=r"damp=0\.0: it must be above 0"):
+        GPTQ(damp=0.0)
+    with pytest.raises(OptionError, match="batch_size=0"):
+        GPTQ(batch_size=0)
+
+
+def test_unknown_options_are_refused():
+    for kind in (CBQ, GPTQ, RTN):
+        with pytest.raises(TypeError, match="groupsize"):
+            kind(groupsize=32)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from callbacks.quantization import Scheme, resolve_schemes
 from callbacks.quantization.blocks import BlockStack, HiddenStates, linear_layers
 from callbacks.quantization.error_feedback import gptq_integers
+from callbacks.quantization.losses import hidden_error
+from callbacks.quantization.reconstruction import Reconstruction
 from callbacks.quantization.sequential import SequentialGPTQ, nearest_matrix
 
 
@@ -103,24 +105,52 @@ def test_static_steps_of_activations_are_learned(make_model, segments, quantize)
     assert steps != [matrix.activation_step for matrix in untrained.progress.matrices.values()]
 
 
-def test_at_most_a_window_of_blocks_is_learned_at_once(make_model, segments, quantize, monkeypatch):
-    from callbacks.quantization import cross_block
-
+def test_static_steps_without_epochs_are_the_largest_inputs(make_model, segments, quantize):
+    scheme = Scheme(16, activation_bits=4, activation_mode="static_tensor")
+    network = make_model().network.eval()
     seen = []
-    optimise = cross_block.CrossBlock._optimise
+    layer = network.model.layers[0].self_attn.q_proj
+    hook = layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].abs().amax()))
+    logits(network, segments)
+    hook.remove()
+    engine = quantize(network, segments, scheme, epochs=0)
+    step = engine.progress.matrices["model.layers.0.self_attn.q_proj"].activation_step
+    assert step == pytest.approx(float(seen[0]) / 7.5)
 
-    def spy(self, index, layers):
-        learned = {name.split(".")[2] for name in self._learned}
+
+LOSSES = {"loss_l2": {"l2": True, "kl": False}, "loss_kl": {"l2": False, "kl": True}}
+
+
+@pytest.mark.parametrize("term", LOSSES)
+def test_each_switch_of_the_loss_leaves_its_own_term(make_model, segments, quantize, term):
+    """The reported loss is the error of that term, recomputed from the blocks."""
+    original, network = make_model().network.eval(), make_model().network
+    options = dict.fromkeys(LOSSES, False) | {term: True}
+    engine = quantize(network, segments, epochs=1, window=4, overlap=0, homologous=False, **options)
+    hidden = []
+    for each in (original, network):
+        stack = BlockStack(each, "model.layers", segments[:1], torch.device("cpu"))
+        with torch.no_grad():
+            hidden.append(stack.run(0, 4, stack.embed(segments[:4])))
+    expected = float(hidden_error(*hidden, **LOSSES[term]))
+    assert engine.progress.rows[0]["loss_after"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_at_most_a_window_of_blocks_is_learned_at_once(make_model, segments, quantize, monkeypatch):
+    seen = []
+    optimise = Reconstruction.optimise
+
+    def spy(self, *arguments):
         wrapped = {
-            name.split(".")[2]
-            for name, part in self.network.named_modules()
+            name: part
+            for name, part in self.stack.network.named_modules()
             if type(part).__name__ == "LearnedLayer"
         }
-        assert learned == wrapped
-        seen.append(len(learned))
-        optimise(self, index, layers)
+        assert {id(part) for part in wrapped.values()} == {id(layer) for layer in self.layers}
+        seen.append(len({name.split(".")[2] for name in wrapped}))
+        optimise(self, *arguments)
 
-    monkeypatch.setattr(cross_block.CrossBlock, "_optimise", spy)
+    monkeypatch.setattr(Reconstruction, "optimise", spy)
     quantize(make_model().network, segments, epochs=1)
     assert seen == [2, 2, 2]
 

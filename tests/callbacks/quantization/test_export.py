@@ -66,6 +66,15 @@ def test_compressed_tensors_equal_the_model_in_memory(make_model, segments, tmp_
     assert torch.equal(logits(loaded, segments), logits(network, segments))
 
 
+def test_packed_weights_without_the_package_are_refused_before_calibration(
+    make_model, tokens, trainer, monkeypatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    callback = RTN(symmetric=True, export="compressed-tensors")
+    with pytest.raises(MisconfigurationException, match=r"featherlight\[llm\]"):
+        callback.setup(trainer(callbacks=[callback]), make_model(), "test")
+
+
 def test_layers_of_two_kinds_get_groups_of_their_own(make_model, segments, tmp_path):
     pytest.importorskip("compressed_tensors")
     network = make_model().network.eval()
