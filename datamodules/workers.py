@@ -4,11 +4,12 @@ SLURM sends SIGUSR1 and SIGTERM to every process of a job step. A worker that di
 it before anything is saved.
 """
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import parent_process
+from multiprocessing import parent_process, resource_tracker
 from threading import Thread
 from typing import Any
 
@@ -29,6 +30,7 @@ class _Deaf:
     def __call__(self, worker: int) -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         if hasattr(signal, "sigwaitinfo"):  # macOS, which has no SLURM either, does not tell the sender
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
             Thread(target=_end_with_the_parent, daemon=True).start()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
         else:
@@ -60,6 +62,9 @@ def deaf_workers(loader: DataLoader[Any]) -> Iterator[None]:
     loader.worker_init_fn = _Deaf(own)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        if (loader.multiprocessing_context or multiprocessing).get_start_method() != "fork":
+            resource_tracker.ensure_running()  # which unblocks SIGTERM
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
     finally:
         loader.worker_init_fn = own
