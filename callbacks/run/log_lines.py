@@ -43,8 +43,8 @@ class LogLines(ProgressBar):
     # Training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks; a resumed run has batches behind it."""
-        self._began["run"] = time.monotonic()
+        """Start the clocks; a resumed run has batches behind it, and may begin inside an epoch."""
+        self._began["run"] = self._began["epoch"] = time.monotonic()
         self._first = _batches_done(trainer), trainer.global_step
         self._printed = None
 

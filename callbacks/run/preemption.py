@@ -45,18 +45,23 @@ class Preemption(Callback):
         self._shared_batches: list[int] = []
         self._previous: dict[int, Any] = {}
         self._nested = False
+        self._left = False
         self._trainer: Trainer | None = None
 
     # Whose the signals are
 
     @contextmanager
     def watching(self, trainer: Trainer) -> Iterator[None]:
-        """Take both signals over now, before `trainer` prepares data, which is before it calls `setup`."""
+        """Take both signals over now, before `trainer` prepares data, which is before it calls `setup`.
+
+        A process that leaves keeps them to its end: SLURM sends SIGTERM to a job that it requeues.
+        """
         self._take(trainer)
         try:
             yield
         finally:
-            self._give_back()
+            if not self._left:
+                self._give_back()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take both signals over, and keep Lightning from doing so."""
@@ -74,12 +79,12 @@ class Preemption(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The run has failed by itself."""
-        if self._when != "never" and not self._nested:
+        if not self._left and not self._nested:
             self._give_back()
 
     def _take(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._when, self._received = "at once", 0
+        self._when, self._received, self._left = "at once", 0, False
         if self._previous:
             return
         try:
@@ -168,7 +173,7 @@ class Preemption(Callback):
         return (0, *SIGNALS)[int(trainer.strategy.reduce(received, reduce_op="max"))]
 
     def _leave(self, number: int, outcome: str) -> NoReturn:
-        at_once, self._when = self._when == "at once", "never"
+        at_once, self._when, self._left = self._when == "at once", "never", True
         rank_zero_info(f"{signal.Signals(number).name}: {outcome}.")
         launcher = self._trainer.strategy.launcher if self._trainer is not None else None
         if at_once and launcher is not None:

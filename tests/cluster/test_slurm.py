@@ -13,7 +13,7 @@ import yaml
 SCRIPT = Path(__file__).parents[2] / "cluster" / "slurm.sbatch"
 MACHINE = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 
 class Jobs:

@@ -215,23 +215,24 @@ def test_test_is_left_at_once(tmp_path, scontrol, number, status, calls, hook):
 def test_the_command_watches_before_data_are_prepared(tmp_path, scontrol):
     trainer, module = make(tmp_path)
     preemption = next(c for c in trainer.callbacks if isinstance(c, Preemption))  # type: ignore[attr-defined]
-    before = signal.getsignal(signal.SIGUSR1)
     with pytest.raises(SystemExit) as left, preemption.watching(trainer):
         trainer.fit(module, Points(lambda: os.kill(os.getpid(), signal.SIGUSR1)))
+    os.kill(os.getpid(), signal.SIGTERM)  # SLURM's, when the job goes back into the queue
     assert left.value.code == 138
     assert scontrol() == ["requeue 7"]
     assert not (tmp_path / "checkpoints").exists(), "nothing was trained"
-    assert signal.getsignal(signal.SIGUSR1) is before
 
 
 def test_a_finished_run_is_not_taken_back(tmp_path, scontrol):
     trainer, module = make(tmp_path, Interrupt("on_fit_end", 1, signal.SIGUSR1))
     preemption = next(c for c in trainer.callbacks if isinstance(c, Preemption))  # type: ignore[attr-defined]
+    before = signal.getsignal(signal.SIGUSR1)
     with preemption.watching(trainer):
         trainer.fit(module, Points())
         os.kill(os.getpid(), signal.SIGUSR1)
     assert trainer.global_step == 6
     assert scontrol() == []
+    assert signal.getsignal(signal.SIGUSR1) is before
 
 
 def test_lightnings_handlers_stay_out(tmp_path):
