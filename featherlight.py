@@ -1,5 +1,6 @@
 """The `featherlight` command. This file stays light, so that `featherlight --help` answers at once."""
 
+import signal
 import sys
 
 USAGE = """\
@@ -52,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if arguments[0] == "results":
         return _results(arguments[1:])
+    # imports take a while: SLURM's request to go back into the queue waits until `Preemption` can obey it
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     from featherlight_cli import run
 
     return run(arguments)

@@ -7,8 +7,9 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, WeightAveraging
+from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -21,6 +22,7 @@ import datamodules as _datamodules  # noqa: F401
 import lightning_modules as _lightning_modules  # noqa: F401
 from callbacks.run.checkpointing import AtomicCheckpointIO, RunCheckpoint, newest_loadable
 from callbacks.run.directory import run_directory
+from callbacks.run.log_lines import LogLines
 from callbacks.run.preemption import Preemption
 from callbacks.run.results import Results
 from callbacks.run.resuming import ExactResume
@@ -71,6 +73,11 @@ class FeatherlightCLI(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(self._default_directory(config))
+        subfolder = os.environ.get("FEATHERLIGHT_RUN_SUBFOLDER")  # a launcher's, for each task of a job array
+        if subfolder:
+            config.trainer.default_root_dir = os.path.join(config.trainer.default_root_dir, subfolder)
+            if config.checkpoint.dirpath is not None:
+                config.checkpoint.dirpath = os.path.join(config.checkpoint.dirpath, subfolder)
         if config.get("ckpt_path") == "auto":
             directory = Path(config.trainer.default_root_dir)
             config.ckpt_path = newest_loadable(directory, config.checkpoint.dirpath)
@@ -92,17 +99,28 @@ class FeatherlightCLI(LightningCLI):
         config["callbacks"] = sorted(given, key=lambda callback: isinstance(callback, WeightAveraging))
         if config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
+        chosen = config.get("barebones") or config.get("enable_progress_bar") is not None
+        chosen = chosen or any(isinstance(callback, ProgressBar) for callback in given)
+        if not chosen and not sys.stdout.isatty():
+            callbacks = [*callbacks, LogLines()]
         return super()._instantiate_trainer(config, callbacks)
 
     @staticmethod
     def _default_directory(config: Any) -> Path:
         """`runs/deco/r50_coco` for `--config configs/deco/r50_coco.yaml`: the first recipe names the run."""
-        files = config.get("config") or []
+        files = [str(file) for file in config.get("config") or [] if file is not None]
         if not files:
             return Path("runs") / "default"
-        recipe = Path(os.path.relpath(str(files[0]))).with_suffix("")
+        # a launcher's config may stand before the recipe
+        recipes = [file for file in files if "model" in (yaml.safe_load(Path(file).read_text()) or {})]
+        recipe = Path(os.path.relpath([*recipes, files[0]][0])).with_suffix("")
         parts = [part for part in recipe.parts if part not in ("..", "configs", os.sep)]
         return Path("runs", *parts[-2:])
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        # from before data are prepared, features cached and any worker forked
+        with self._get(self.config_init, "preemption").watching(self.trainer):
+            super()._run_subcommand(subcommand)
 
     def before_predict(self) -> None:
         """Say so if nothing is going to keep the predictions."""

@@ -24,6 +24,7 @@ from callbacks.objective import ObjectiveCallback
 from callbacks.pruning import MagnitudePruning, PruningCallback, RankPruning, RigL
 from callbacks.quantization import CBQ, GPTQ, RTN, QuantizationCallback
 from callbacks.run.checkpointing import AtomicCheckpointIO, RunCheckpoint
+from callbacks.run.log_lines import LogLines
 from callbacks.run.preemption import Preemption
 from callbacks.run.results import Results
 from callbacks.run.resuming import ExactResume
@@ -63,6 +64,7 @@ __all__ = [
     "FrozenNetwork",
     "GeneratorReport",
     "LMEvaluation",
+    "LogLines",
     "MagnitudePruning",
     "ONNXExport",
     "ObjectiveCallback",

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.loading import SeededDataset, default_ranks, hash_seed
 from datamodules.reading import CorruptSampleError, DataError, OnError, read_image
 from datamodules.shards import Shard, check_header, digest, read_header, remove_stale, replace, shard_file
+from datamodules.workers import deaf_workers
 
 log = logging.getLogger(__name__)
 
@@ -281,9 +282,11 @@ class FeatureCache:
             collate_fn=_kept,
             generator=torch.Generator(),
         )
+        with deaf_workers(loader):
+            batches = iter(loader)
         out = np.zeros((len(keys), *self.shape), self.dtype)
         dropped: set[int] = set()
-        for number, (places, images, faults) in enumerate(loader):
+        for number, (places, images, faults) in enumerate(batches):
             if faults and self.on_error == "raise":
                 raise CorruptSampleError(faults[0][1])
             first = number * self.batch_size

@@ -19,6 +19,8 @@ from lightning.fabric.utilities.data import sized_len
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate, get_worker_info
 
+from datamodules.workers import deaf_workers
+
 Key = int | tuple[int, ...]
 """What a sampler hands to a data set: ``index``, ``(epoch, index)`` or ``(epoch, index, repeat)``."""
 
@@ -267,7 +269,8 @@ class ResumableLoader(DataLoader[Any]):
         if start and self.batch_size is not None and hasattr(self.sampler, "start_at"):
             self.sampler.start_at(start * self.batch_size)
             start = 0
-        batches = super().__iter__()
+        with deaf_workers(self):
+            batches = super().__iter__()
         for _ in range(start):  # a sampler that cannot skip: read and forget
             next(batches, None)
         return batches

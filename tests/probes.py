@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,3 +49,44 @@ class PoisonAt(Callback):
         if batch_idx == self.batch:
             with torch.no_grad():
                 next(pl_module.parameters()).fill_(float("nan"))
+
+
+class HoldAt(Callback):
+    """On a SLURM job's first attempt, waits before a step until `<folder>/go` is there.
+
+    `<folder>/waiting_<rank>` says that it waits.
+    """
+
+    def __init__(self, step: int, folder: str) -> None:
+        self.step = step
+        self.folder = Path(folder)
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step != self.step or "SLURM_RESTART_COUNT" in os.environ:
+            return
+        (self.folder / f"waiting_{trainer.global_rank}").touch()
+        deadline = time.monotonic() + 200
+        while not (self.folder / "go").exists():
+            assert time.monotonic() < deadline, "nobody said go"
+            time.sleep(0.05)
+
+
+class LoseRankAt(Callback):
+    """On torchrun's first attempt, the last rank dies before a step.
+
+    `<folder>/attempts` gets a line an attempt.
+    """
+
+    def __init__(self, step: int, folder: str) -> None:
+        self.step = step
+        self.file = Path(folder) / "attempts"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            with self.file.open("a") as file:
+                print(os.environ["TORCHELASTIC_RESTART_COUNT"], file=file)
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        last = trainer.global_rank == trainer.world_size - 1
+        if last and trainer.global_step == self.step and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)

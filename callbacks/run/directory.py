@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def announce(trainer: Trainer, text: str) -> None:
         from tqdm import tqdm
 
         tqdm.write(text)
+        sys.stdout.flush()  # a job's log file is read while the job runs
 
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:

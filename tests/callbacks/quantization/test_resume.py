@@ -1,5 +1,6 @@
 """A quantization that is killed between two windows ends with the very integers of one that was not."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,8 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
+
+from callbacks import CBQ, Preemption
+from callbacks.quantization import CrossBlock
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -61,3 +66,34 @@ def test_a_run_that_is_killed_goes_on(tmp_path):
     found, wanted = (load_file(folder / "run" / "dense" / "model.safetensors") for folder in (killed, whole))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGUSR1", 138)])
+def test_a_signal_leaves_a_calibration_at_once_and_keeps_its_windows(
+    tmp_path, make_model, tokens, trainer, monkeypatch, name, status
+):
+    def cbq() -> CBQ:
+        return CBQ(bits=3, group_size=32, epochs=2, batch_size=4, baseline=False)
+
+    step_loss, steps = CrossBlock._step_loss, []
+
+    def signalled(engine: CrossBlock, *arguments: object) -> torch.Tensor:
+        steps.append(engine.progress.windows)
+        if steps[-1] == 1:
+            os.kill(os.getpid(), getattr(signal, name))
+        return step_loss(engine, *arguments)
+
+    monkeypatch.setattr(CrossBlock, "_step_loss", signalled)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with pytest.raises(SystemExit) as left:
+            trainer(callbacks=[cbq(), Preemption()]).test(make_model(), tokens, verbose=False)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert left.value.code == status
+    assert steps == [0, 0, 0, 0, 1], "the first step of the second window is the last"
+    assert torch.load(tmp_path / "cbq_progress.pt", weights_only=True)["windows"] == 1
+    monkeypatch.undo()
+    trainer(callbacks=[cbq(), Preemption()]).test(make_model(), tokens, verbose=False)
+    assert json.loads((tmp_path / "cbq_report.json").read_text())["windows_loaded"] == 1
