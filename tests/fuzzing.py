@@ -50,10 +50,10 @@ def outcome(function: Callable[[], Any], *names: str | Path) -> Outcome:
     try:
         return Outcome(value=function())
     except USER_ERRORS as error:
-        sentence = str(error)
-        assert sentence.strip(), f"{type(error).__name__} says nothing"
-        assert "\n" not in sentence, f"more than a sentence: {sentence!r}"
-        assert "Traceback" not in sentence, sentence
-        for name in map(str, names):
-            assert name in sentence, f"{sentence!r} does not name {name!r}"
-        return Outcome(sentence=sentence)
+        kind, sentence = type(error).__name__, str(error)
+    assert sentence.strip(), f"{kind} says nothing"
+    assert "\n" not in sentence, f"more than a sentence: {sentence!r}"
+    assert "Traceback" not in sentence, sentence
+    missing = [str(name) for name in names if str(name) not in sentence]
+    assert not missing, f"{sentence!r} does not name {missing}"
+    return Outcome(sentence=sentence)
