@@ -17,7 +17,7 @@ commands:
   results     one table of what `test` found in several runs
 
 common options:
-  --config FILE                     a recipe; later files and options override earlier ones
+  --config FILE                     a recipe; later files override earlier ones, and options override files
   --trainer.callbacks+=FILE         plug in a teacher, a pruning schedule, a report, ...
   (configs/callbacks/*.yaml)
   --model.init_args.KEY VALUE       change an argument of the method; likewise --data.init_args.KEY
@@ -26,7 +26,7 @@ common options:
   run, or none
   --seed_everything N               the seed (default 0)
   --print_config                    show the composed configuration and exit
-  --debug                           full tracebacks for errors in options and data
+  --debug                           full tracebacks for errors in options, data and files
 
 `featherlight COMMAND --help` lists every option; `--model.help CLASS`, `--data.help CLASS` those of a class.
 Recipes are in configs/, the documentation in docs/.
@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: without the program's name; None takes those of the process.
 
     Returns:
-        The exit status: 0, or 2 for a mistake in the options or the data.
+        The exit status: 0, 1 where training diverged, or 2 for what the user has to mend: options, data,
+        files, disks.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -63,17 +64,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _results(runs: list[str]) -> int:
     from pathlib import Path
 
-    from callbacks.run.results import compare
-
     if not runs or runs[0] in ("-h", "--help"):
         print("usage: featherlight results RUN [RUN ...]")
         return 0 if runs else 2
-    try:
-        compare([Path(run) for run in runs])
-    except FileNotFoundError as error:
-        print(f"featherlight: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    from callbacks.run.results import compare
+    from featherlight_errors import guarded
+
+    return guarded(lambda: compare([Path(run) for run in runs if run != "--debug"]), "--debug" in runs)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,8 @@ import logging
 import os
 import sys
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -27,10 +25,12 @@ from callbacks.run.preemption import Preemption
 from callbacks.run.results import Results
 from callbacks.run.resuming import ExactResume
 from callbacks.writers.base import PredictionWriter
-from datamodules.reading import CorruptSampleError
+from featherlight_errors import USER_ERRORS, guarded, sentence_of
+from featherlight_options import OptionParser, arranged, check_files, check_sections, recipe_of
+
+__all__ = ["USER_ERRORS", "FeatherlightCLI", "make_cli", "run"]
 
 SHARDED = ("fsdp", "deepspeed", "model_parallel")
-USER_ERRORS = (MisconfigurationException, FileNotFoundError, UnpicklingError, CorruptSampleError)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -65,12 +65,22 @@ class FeatherlightCLI(LightningCLI):
             parser.set_defaults({"return_predictions": False})  # writers stream them; nobody reads a list
         return parser
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse with the user's options behind all files, whatever the order they were given in."""
+        if not isinstance(args, (list, type(None))):  # a dictionary, from Python
+            super().parse_arguments(parser, args)
+            return
+        arguments = arranged(sys.argv[1:] if args is None else args)
+        check_files(arguments)
+        self.config = parser.parse_args(arguments)
+
     def _parse_ckpt_path(self) -> None:
         """The configuration decides: a checkpoint brings weights and progress, not options."""
 
     def before_instantiate_classes(self) -> None:
         """Settle the run's directory, and find the checkpoint that `auto` means."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        check_sections(config)
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(self._default_directory(config))
         subfolder = os.environ.get("FEATHERLIGHT_RUN_SUBFOLDER")  # a launcher's, for each task of a job array
@@ -86,11 +96,11 @@ class FeatherlightCLI(LightningCLI):
         """Build everything; what a constructor objects to is reported in its own words."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError) as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None and not isinstance(cause, USER_ERRORS):
-                cause = cause.__cause__
-            raise MisconfigurationException(str(cause)) from error
+        except Exception as error:
+            sentence = sentence_of(error)
+            if sentence is None or isinstance(error, USER_ERRORS):
+                raise
+            raise MisconfigurationException(sentence) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         # weight averaging copies the module as it finds it: whatever joins the module must have done so
@@ -107,13 +117,11 @@ class FeatherlightCLI(LightningCLI):
 
     @staticmethod
     def _default_directory(config: Any) -> Path:
-        """`runs/deco/r50_coco` for `--config configs/deco/r50_coco.yaml`: the first recipe names the run."""
-        files = [str(file) for file in config.get("config") or [] if file is not None]
-        if not files:
+        """`runs/deco/r50_coco` for `--config configs/deco/r50_coco.yaml`: the recipe names the run."""
+        name = recipe_of(file for file in config.get("config") or [] if file is not None)
+        if name is None:
             return Path("runs") / "default"
-        # a launcher's config may stand before the recipe
-        recipes = [file for file in files if "model" in (yaml.safe_load(Path(file).read_text()) or {})]
-        recipe = Path(os.path.relpath([*recipes, files[0]][0])).with_suffix("")
+        recipe = Path(os.path.relpath(name)).with_suffix("")
         parts = [part for part in recipe.parts if part not in ("..", "configs", os.sep)]
         return Path("runs", *parts[-2:])
 
@@ -169,6 +177,7 @@ def make_cli(arguments: list[str] | None, run: bool = True, with_trainer: bool =
         auto_configure_optimizers=False,
         args=arguments,
         run=run,
+        parser_class=OptionParser,
     )
 
 
@@ -178,22 +187,16 @@ class _WithoutTrainer(FeatherlightCLI):
 
 
 def run(arguments: list[str]) -> int:
-    """Parse, instantiate and run; errors in options and data are printed as one sentence.
+    """Parse, instantiate and run; errors in options, data, files and disks are printed as one sentence.
 
     Args:
         arguments: the command line without the program's name.
 
     Returns:
-        The exit status.
+        0, 1 where training diverged, or 2 for what the user has to mend.
     """
     logging.getLogger("timm").setLevel(logging.WARNING)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a recipe may name classes of a module in the working directory
-    try:
-        make_cli(None if arguments == sys.argv[1:] else arguments)
-    except USER_ERRORS as error:
-        if "--debug" in arguments:
-            raise
-        print(f"featherlight: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    given = None if arguments == sys.argv[1:] else arguments
+    return guarded(lambda: make_cli(given), "--debug" in arguments, training="fit" in arguments)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_modules.parts.finite import FiniteGuard
+from lightning_modules.parts.finite import FiniteGuard, verify_outputs
 from lightning_modules.parts.reproducibility import seed_step
 from lightning_modules.parts.schedules import WarmupSchedule
 from lightning_modules.parts.selection import match
@@ -27,7 +27,8 @@ class Method(LightningModule):
     A method fills in `compute` and `losses`. The loss of a step is the sum of its own terms and of those of
     every attached objective; each is logged as `train/<term>` or `train/<objective>/<term>`. A method with
     alternating optimisers sets `automatic_optimization = False`, names them in `optimizer_names`, overrides
-    `training_step`, and still uses `total_loss`, `parameter_groups` and `schedule`.
+    `training_step`, and still uses `total_loss`, `parameter_groups` and `schedule`. What `validation_step`
+    and `test_step` measure they also return, as named tensors: a NaN among them ends the run.
 
     Every training step starts from random state seeded by (seed, epoch, batch, rank), so that a resumed run
     draws the numbers that the uninterrupted one would have drawn.
@@ -48,6 +49,8 @@ class Method(LightningModule):
     """
 
     optimizer_names: tuple[str, ...] = ()
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """What is computed of the tensors that `validation_step` and `test_step` return, for messages."""
 
     def __init__(
         self,
@@ -129,6 +132,22 @@ class Method(LightningModule):
         if datamodule is None:
             return "the given data loader"
         return f"{type(datamodule).__name__} ({getattr(datamodule, 'root', 'no root')})"
+
+    # Evaluation
+
+    def on_validation_batch_end(
+        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Stop at what is not a number in the tensors that `validation_step` returns by name."""
+        verify_outputs(outputs, "val", batch_idx, self._data_source(), self.metrics)
+
+    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Stop at what is not a number in the tensors that `test_step` returns by name."""
+        verify_outputs(outputs, "test", batch_idx, self._data_source(), self.metrics)
+
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Stop at what is not a number in the tensors that `predict_step` returns by name."""
+        verify_outputs(outputs, "predict", batch_idx, self._data_source())
 
     # Objectives
 

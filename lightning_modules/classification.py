@@ -42,6 +42,7 @@ class ImageClassifier(Method):
         kwargs: optimiser, schedule and parameter groups, see `Method`.
     """
 
+    metrics = ("top1", "top5")
     mean: Tensor
     std: Tensor
     inference = CLASSIFIER
@@ -156,20 +157,21 @@ class ImageClassifier(Method):
 
     # Evaluation
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Terms:
         """Top-1 and top-5 accuracy, fractions."""
-        self._evaluate("val", batch)
+        return self._evaluate("val", batch)
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Terms:
         """Top-1 and top-5 accuracy, fractions."""
-        self._evaluate("test", batch)
+        return self._evaluate("test", batch)
 
-    def _evaluate(self, stage: str, batch: dict[str, Any]) -> None:
+    def _evaluate(self, stage: str, batch: dict[str, Any]) -> Terms:
         logits = self(batch["image"])
         for k in (1, 5):
             metric = getattr(self, f"{stage}_top{k}")
             metric.update(logits, batch["label"])
             self.log(f"{stage}/top{k}", metric, on_step=False, on_epoch=True, prog_bar=k == 1)
+        return {"probabilities": logits.float().softmax(dim=-1)}  # NaN also where logits overflow
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """`probabilities` (batch, classes) beside the batch's `index`, and its `label` and `path` where

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_modules.base import Method, Terms
+from lightning_modules.parts.frozen import evaluating
 from lightning_modules.parts.inference import InferenceSpec
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -72,9 +73,12 @@ def load_language_model(model: str, dtype: Dtype = "float32") -> nn.Module:
 
     kind, file = "auto" if dtype == "auto" else getattr(torch, dtype), _gguf(model)
     try:
-        network = AutoModelForCausalLM.from_pretrained(_place(model), **file, dtype=kind)
-    except (OSError, ImportError, ValueError) as error:
-        raise MisconfigurationException(f"model '{model}' cannot be loaded: {error}") from error
+        network = AutoModelForCausalLM.from_pretrained(
+            _place(model), **file, dtype=kind, trust_remote_code=False
+        )
+    except Exception as error:  # config, weights and libraries each fail in their own way
+        raise _refusal("model", model, error) from error
+    refuse_if_not_causal(network, model)
     if file:
         # these are plain weights now; transformers would refuse to save what calls itself quantized
         if hasattr(network.config, "quantization_config"):
@@ -93,9 +97,70 @@ def load_tokenizer(tokenizer: str) -> Any:
         return ByT5Tokenizer(extra_ids=0)
     file = _gguf(tokenizer)
     try:
-        return AutoTokenizer.from_pretrained(_place(tokenizer), **file)
-    except (OSError, ImportError, ValueError) as error:
-        raise MisconfigurationException(f"tokenizer '{tokenizer}' cannot be loaded: {error}") from error
+        return AutoTokenizer.from_pretrained(_place(tokenizer), **file, trust_remote_code=False)
+    except Exception as error:  # each library behind it fails in its own way
+        raise _refusal("tokenizer", tokenizer, error) from error
+
+
+def _refusal(kind: str, name: str, error: Exception) -> MisconfigurationException:
+    """Why a model or a tokenizer cannot be loaded; never the advice to run the code that came with it."""
+    if "trust_remote_code" in str(error):
+        return MisconfigurationException(
+            f"{kind} '{name}' brings Python code of its own (auto_map in its configuration), which is never "
+            "run: take one that transformers knows by itself."
+        )
+    reason = str(error).strip() or type(error).__name__
+    return MisconfigurationException(f"{kind} '{name}' cannot be loaded: {' '.join(reason.split())}")
+
+
+def refuse_if_not_causal(network: nn.Module, name: str) -> None:
+    """Refuse a model whose tokens see later ones: its likelihoods would be no likelihoods of text.
+
+    Tried on the few families that may be either: a token is changed, and those before it must not notice.
+
+    Raises:
+        MisconfigurationException: they do.
+    """
+    config: Any = network.config
+    either = getattr(config, "is_decoder", None) is False or config.model_type in ("xlm", "xlnet")
+    if not either or config.vocab_size < 8:
+        return
+    ids = torch.tensor([[4, 5, 6], [4, 5, 7]])
+    with torch.no_grad(), evaluating(network):
+        first, second = network(ids).logits[:, :2].float()
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-5):
+        raise MisconfigurationException(
+            f"model '{name}' ({config.model_type}) is no causal language model: its tokens see later "
+            "ones. Take a decoder (gpt2, llama, ...), or is_decoder: true in its config.json if it was "
+            "trained as one."
+        )
+
+
+def positions_of(network: nn.Module) -> int | None:
+    """How long a text the model has positions for; None where that is not limited."""
+    config: Any = network.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
+def check_ids(ids: Tensor, network: nn.Module, tokenizer: str) -> None:
+    """Compare token ids with the vocabulary.
+
+    Args:
+        ids: of any shape, on the CPU.
+        network: the model.
+        tokenizer: its name, for the error.
+
+    Raises:
+        MisconfigurationException: one is outside; names it, the vocabulary's size and the tokenizer.
+    """
+    size = network.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    outside = ids[(ids < 0) | (ids >= size)]
+    if outside.numel():
+        raise MisconfigurationException(
+            f"The data has token id {int(outside[0])}, but the model's vocabulary has {size} tokens, 0 to "
+            f"{size - 1}: the data is of another tokenizer, or '{tokenizer}' is not the model's."
+        )
 
 
 def _place(name: str) -> str:
@@ -120,12 +185,15 @@ def build_language_model(architecture: str, model_args: dict[str, Any], vocabula
 
     Raises:
         ValueError: transformers knows no such model type.
+        MisconfigurationException: it is none of a causal language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = AutoConfig.for_model(architecture, **{**options, **model_args})
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    refuse_if_not_causal(network, architecture)
+    return network
 
 
 class CausalLanguageModel(Method):
@@ -155,6 +223,7 @@ class CausalLanguageModel(Method):
         free_dimensions={"input_ids": {1: "length"}},
         arguments={"use_cache": False},
     )
+    metrics = ("perplexity", "nll")
 
     def __init__(
         self,
@@ -173,7 +242,7 @@ class CausalLanguageModel(Method):
         self.model = model
         self.model_args = model_args
         self.dtype_of_weights: Dtype = dtype
-        self._tokenizer_name = tokenizer or model
+        self.tokenizer_name = tokenizer or model
         self._tokenizer: Any = None
         if model_args is not None or Path(model).exists():
             self.load()
@@ -202,7 +271,7 @@ class CausalLanguageModel(Method):
     def tokenizer(self) -> Any:
         """The tokenizer of transformers, loaded when it is first asked for."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._tokenizer_name)
+            self._tokenizer = load_tokenizer(self.tokenizer_name)
         return self._tokenizer
 
     def configure_model(self) -> None:
@@ -217,12 +286,17 @@ class CausalLanguageModel(Method):
         """
         self.load()
         length = getattr(getattr(self.trainer, "datamodule", None), "seq_len", None)
-        limit = getattr(self.network.config, "max_position_embeddings", None)
-        if isinstance(length, int) and isinstance(limit, int) and length > limit:
+        limit = positions_of(self.network)
+        if isinstance(length, int) and limit is not None and length > limit:
             raise MisconfigurationException(
                 f"data.seq_len is {length}, but the model has only {limit} positions "
                 "(max_position_embeddings)."
             )
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Look at the token ids, where that stalls no device."""
+        check_ids(batch["input_ids"], self.network, self.tokenizer_name)
+        return batch
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (batch, length, vocabulary) of token ids (batch, length)."""
@@ -236,20 +310,21 @@ class CausalLanguageModel(Method):
         """Mean negative log-likelihood a token."""
         return {"nll": token_nll(outputs["logits"], batch["input_ids"]).mean()}
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Terms:
         """Perplexity."""
-        self._evaluate("val", batch)
+        return self._evaluate("val", batch)
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Terms:
         """Perplexity."""
-        self._evaluate("test", batch)
+        return self._evaluate("test", batch)
 
-    def _evaluate(self, stage: str, batch: dict[str, Any]) -> None:
+    def _evaluate(self, stage: str, batch: dict[str, Any]) -> Terms:
         nll = token_nll(self(batch["input_ids"]), batch["input_ids"])
         for value in ("perplexity", "nll", "tokens"):
             metric = getattr(self, f"{stage}_{value}")
             metric.update(nll)
             self.log(f"{stage}/{value}", metric, on_step=False, on_epoch=True, prog_bar=value == "perplexity")
+        return {"nll": nll}
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """`log_likelihood` (batch,) in nats and `tokens` (batch,) predicted, beside `index` and

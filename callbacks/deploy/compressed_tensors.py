@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from callbacks.quantization.layers import QuantizedMatrix
 from callbacks.quantization.scheme import Scheme
+from callbacks.run.directory import replace_folder
 
 ExportFormat = Literal["dense", "compressed-tensors"]
 
@@ -30,7 +31,7 @@ def export_model(
     """Write an ordinary Hugging Face folder.
 
     Args:
-        folder: is made, or overwritten.
+        folder: is made; an older one is replaced once the new one is whole.
         network: with hard weights, as quantization leaves it.
         tokenizer: saved beside it; None for none.
         matrices: the integers of each quantized layer.
@@ -51,8 +52,7 @@ def export_model(
     found = {"path": str(folder), "format": form}
     if form == "compressed-tensors":
         found["packing"] = _compress(partial, matrices, config)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    replace_folder(partial, folder)
     return found | {"bytes_on_disk": sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
 
 

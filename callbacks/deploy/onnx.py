@@ -1,8 +1,11 @@
 """Export to formats that run without us."""
 
+import glob
 import importlib.util
 import logging
 import os
+import re
+import secrets
 import tempfile
 import time
 import warnings
@@ -16,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from callbacks.measure.efficiency import state_dict_bytes
-from callbacks.run.directory import announce, run_directory
+from callbacks.run.directory import announce, run_directory, synchronise, synchronise_entry
 from lightning_modules.parts.frozen import evaluating
 from lightning_modules.parts.inference import (
     InferencePath,
@@ -189,17 +192,16 @@ def export_onnx(
     program = _traced(network, {name: repeat_to(tensor, 2) for name, tensor in inputs.items()}, opset, spec)
     large = state_dict_bytes(network) > PROTOBUF_LIMIT
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as directory:
-        program.save(Path(directory) / path.name, external_data=large)
-        difference = max_abs_difference(network, Path(directory) / path.name, _batches(inputs, spec))
+        # weights beside the graph get a name of their own: an older pair stays whole until the new one is
+        unfinished = Path(directory) / f"{path.stem}-{secrets.token_hex(4)}.onnx"
+        program.save(unfinished, external_data=large)
+        difference = max_abs_difference(network, unfinished, _batches(inputs, spec))
         if not difference <= tolerance:
             raise RuntimeError(
                 f"ONNXExport: the outputs of onnxruntime differ from torch's by up to {difference:.3g}, more "
                 f"than tolerance {tolerance:.3g}; {path} is not written."
             )
-        size = 0
-        for file in sorted(Path(directory).iterdir()):
-            size += file.stat().st_size
-            os.replace(file, path.parent / file.name)
+        size = _put_in_place(unfinished, path)
     return {
         "path": str(path),
         "bytes": size,
@@ -208,6 +210,25 @@ def export_onnx(
         "tolerance": tolerance,
         "export_seconds": time.perf_counter() - start,
     }
+
+
+def _put_in_place(unfinished: Path, path: Path) -> int:
+    """Move a graph, and the weights beside it, to where they belong; bytes of both.
+
+    The graph comes last and refers to its weights by their name, so that `path` is whole at any moment.
+    """
+    older = set(path.parent.glob(f"{glob.escape(path.stem)}*.onnx.data"))
+    files = [file for file in sorted(unfinished.parent.iterdir()) if file != unfinished]
+    size = sum(file.stat().st_size for file in (*files, unfinished))
+    for file in (*files, unfinished):
+        synchronise(file)
+        os.replace(file, path if file == unfinished else path.parent / file.name)
+    synchronise_entry(path)
+    pattern = re.compile(rf"{re.escape(path.stem)}(-[0-9a-f]{{8}})?\.onnx\.data")
+    for file in older:
+        if pattern.fullmatch(file.name):
+            file.unlink()
+    return size
 
 
 def _batches(inputs: Mapping[str, Tensor], spec: InferenceSpec) -> list[tuple[Tensor, ...]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from callbacks.distillation.cka import MinibatchCKA
 from callbacks.distillation.frozen_teacher import build_teacher
 from callbacks.run.directory import replaced_atomically, run_directory
+from callbacks.run.escaping import cells
 from lightning_modules.parts.frozen import FrozenNetwork
 from lightning_modules.parts.normalize import knows_statistics, normalized, trained_statistics
 from lightning_modules.parts.taps import FeatureTaps
@@ -199,9 +200,9 @@ def write_matrix(path: Path, matrix: Tensor, rows: list[str], columns: list[str]
     """The matrix as CSV: a header of `columns`, then `row, value, ...`."""
     with replaced_atomically(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["layer", *columns])
+        writer.writerow(cells(["layer", *columns]))
         for row, values in zip(rows, matrix.tolist(), strict=True):
-            writer.writerow([row, *(f"{value:.6f}" for value in values)])
+            writer.writerow(cells([row, *(f"{value:.6f}" for value in values)]))
 
 
 def draw_matrix(

@@ -10,7 +10,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from callbacks.run import escaping
 from callbacks.run.directory import announce, replaced_atomically, run_directory
+from callbacks.run.escaping import cells, plotted
 from lightning_modules.gendet.detector import FakeDetector
 from lightning_modules.gendet.evaluation import GeneratorScore, unweighted_mean
 
@@ -111,7 +113,7 @@ def write_table(path: Path, scores: Sequence[GeneratorScore], digits: int) -> No
         table.writerow(COLUMNS)
         for row in scores:
             shares = [_percent(getattr(row, name), digits) for name in SHARES]
-            table.writerow([row.generator, "yes" if row.seen else "no", row.real, row.fake, *shares])
+            table.writerow(cells([row.generator, "yes" if row.seen else "no", row.real, row.fake, *shares]))
         groups = {
             "mean": list(scores),
             "mean of seen": [row for row in scores if row.seen],
@@ -127,7 +129,7 @@ def markdown(
     scores: Sequence[GeneratorScore], names: Mapping[str, str], rows: Sequence[str], digits: int
 ) -> str:
     """The papers' table: test sets across, AP and accuracy down, the mean at the end."""
-    heads = [names.get(row.generator, row.generator) + "*" * row.seen for row in scores]
+    heads = [escaping.markdown(names.get(row.generator, row.generator)) + "*" * row.seen for row in scores]
     titles = {"ap": "AP", "accuracy": "accuracy"}
     lines = [["", *heads, "mean"], ["---"] * (len(heads) + 2)]
     for name in rows:
@@ -165,7 +167,7 @@ def draw_histograms(
         for label, name, colour in ((0, "real", "#1565c0"), (1, "fake", "#c62828")):
             part = values[mine & (rows["label"] == label)].clamp(max=high).numpy()
             axes.hist(part, bins=bins, range=(low, high), color=colour, alpha=0.55, label=name)
-        title = names.get(row.generator, row.generator) + (" (seen)" if row.seen else "")
+        title = plotted(names.get(row.generator, row.generator)) + (" (seen)" if row.seen else "")
         axes.set_title(f"{title}, AP {_percent(row.ap, 1) or '-'}", fontsize=9)
         axes.tick_params(labelsize=7)
         axes.set_yticks([])

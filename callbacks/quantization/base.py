@@ -20,7 +20,13 @@ from callbacks.quantization.layers import QuantizedMatrix
 from callbacks.quantization.report import describe
 from callbacks.quantization.scheme import Scheme, resolve_schemes
 from callbacks.run.directory import announce, run_directory, write_json
-from lightning_modules.language_model import CausalLanguageModel, TokenLikelihood, token_nll
+from lightning_modules.language_model import (
+    CausalLanguageModel,
+    TokenLikelihood,
+    check_ids,
+    positions_of,
+    token_nll,
+)
 from lightning_modules.parts.options import OptionError, options_of
 from lightning_modules.parts.strategies import is_sharded
 
@@ -215,8 +221,10 @@ class QuantizationCallback(Callback, ABC):
                 "TextDataModule has."
             )
         segments = provide()
-        limit = getattr(self._model(trainer.lightning_module).network.config, "max_position_embeddings", None)
-        if isinstance(limit, int) and segments.shape[1] > limit:
+        model = self._model(trainer.lightning_module)
+        check_ids(segments, model.network, model.tokenizer_name)
+        limit = positions_of(model.network)
+        if limit is not None and segments.shape[1] > limit:
             raise MisconfigurationException(
                 f"calibration_seq_len is {segments.shape[1]}, but the model has only {limit} positions "
                 "(max_position_embeddings)."

@@ -72,16 +72,35 @@ class ProgressFile:
         }
         AtomicCheckpointIO().save_checkpoint(content, self.path)
 
+    def _read(self) -> dict[str, Any]:
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            before = json.loads(saved["identity"])
+            lacking = {"windows", "matrices", "learned", "scales", "thresholds", "rows"} - saved.keys()
+        except OSError:
+            raise
+        except Exception as error:  # torch raises nearly anything on damaged files
+            raise self._damaged() from error
+        if lacking or not isinstance(before, dict):
+            raise self._damaged()
+        return saved
+
+    def _damaged(self) -> MisconfigurationException:
+        return MisconfigurationException(
+            f"'{self.path}' is damaged, or no progress of a calibration: delete it to start anew, or set "
+            "resume: false."
+        )
+
     def load(self) -> Progress | None:
         """What was saved; None where there is nothing.
 
         Raises:
             MisconfigurationException: it was made with other options, weights or text; the differences are
-                listed.
+                listed. Or it is damaged.
         """
         if not self.path.is_file():
             return None
-        saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        saved = self._read()
         before = json.loads(saved["identity"])
         keys = sorted({*before, *self.identity})
         different = [

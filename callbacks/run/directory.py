@@ -1,8 +1,10 @@
 """Where a run's files are, how they are written, and how a line is said above its progress bar."""
 
 import contextlib
-import json
+import ctypes
+import errno
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+
+from callbacks.run.escaping import json_text, printable
 
 
 def run_directory(trainer: Trainer) -> Path:
@@ -35,16 +39,14 @@ def announce(trainer: Trainer, text: str) -> None:
     if trainer.is_global_zero:
         from tqdm import tqdm
 
-        tqdm.write(text)
+        tqdm.write(printable(text))
         sys.stdout.flush()  # a job's log file is read while the job runs
 
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
     """Write `report` to `path` at once or not at all: an existing file survives a full disk."""
     with replaced_atomically(path) as unfinished:
-        unfinished.write_text(
-            json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        unfinished.write_text(json_text(report, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -53,9 +55,59 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
         yield unfinished
+        synchronise(unfinished)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def synchronise(path: Path) -> None:
+    """Make sure that a file, or a folder with all that is in it, is on the disk."""
+    for inner in path.iterdir() if path.is_dir() and not path.is_symlink() else ():
+        synchronise(inner)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # not every disk can with folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put a finished folder in the place of an older one of that name, if there is one.
+
+    Whenever the process is killed, `folder` is the older or the newer one, whole: where the system can, both
+    change places in one step. Elsewhere (some network disks) there is a moment without `folder`, in which
+    both lie beside it.
+    """
+    synchronise(new)
+    if not folder.exists():
+        new.rename(folder)
+    elif _exchanged(new, folder):
+        shutil.rmtree(new)
+    else:
+        older = folder.with_name(f".{folder.name}-{os.getpid()}.old")
+        folder.rename(older)
+        new.rename(folder)
+        shutil.rmtree(older)
+    synchronise_entry(folder)
+
+
+def synchronise_entry(path: Path) -> None:
+    """Make sure that the disk knows under which name `path` lies."""
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _exchanged(first: Path, second: Path) -> bool:
+    """Let two folders change places at once, by Linux's `renameat2`; False where that is not possible."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
 
 
 def checkpoint_directory(run: Path) -> Path:

@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.run.device import device_name
 from callbacks.run.directory import run_directory, write_json
+from callbacks.run.escaping import printable
 
 RESERVED = ("stage", "metrics", "device", "versions", "checkpoint", "seed", "date")
 
@@ -176,21 +177,22 @@ def print_table(report: Mapping[str, Any], path: Path) -> None:
     """Print a report as one table: metrics first, then a section for each callback."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     device = report["device"]
     count = f"{device['count']} x " if device["count"] > 1 else ""
     where = f"{count}{device['name']}, {device['precision']}"
-    table = Table(title=f"results of {report['stage']}", caption=where)
+    table = Table(title=f"results of {report['stage']}", caption=Text(printable(where)))
     table.add_column("metric", overflow="fold")
     table.add_column("value", justify="right", overflow="fold")
     sections = {"": report["metrics"]} | {key: part for key, part in report.items() if key not in RESERVED}
     for key, part in sections.items():
         for name, value in flatten(part, key):
-            table.add_row(name, human(name, value))
+            table.add_row(Text(printable(name)), Text(printable(human(name, value))))
         table.add_section()
     console = Console()
     console.print(table)
-    console.print(f"written to {path}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"written to {printable(str(path))}", soft_wrap=True, markup=False, highlight=False)
 
 
 def compare(runs: list[Path]) -> None:
@@ -201,9 +203,11 @@ def compare(runs: list[Path]) -> None:
 
     Raises:
         FileNotFoundError: a run has no `results.json`; says which command makes it.
+        MisconfigurationException: a file is no such report.
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="results of test")
     table.add_column("", overflow="fold")
@@ -212,16 +216,32 @@ def compare(runs: list[Path]) -> None:
         file = run if run.is_file() else run / "results.json"
         if not file.is_file():
             raise FileNotFoundError(f"There is no '{file}': `featherlight test` writes it.")
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = _read_report(file)
         sections = {"": report["metrics"]} | {
-            key: part for key, part in report.items() if key not in RESERVED
+            key: part for key, part in report.items() if key not in RESERVED and isinstance(part, dict)
         }
         numbers = [flatten(part, key) for key, part in sections.items()]
         columns.append({name: value for pairs in numbers for name, value in pairs if "/layers/" not in name})
-        table.add_column(str(run), justify="right", overflow="fold")
+        table.add_column(Text(printable(str(run))), justify="right", overflow="fold")
     for name in dict.fromkeys(name for column in columns for name in column):
-        table.add_row(name, *(human(name, column[name]) if name in column else "-" for column in columns))
+        values = (human(name, column[name]) if name in column else "-" for column in columns)
+        table.add_row(Text(printable(name)), *(Text(printable(value)) for value in values))
     Console().print(table)
+
+
+def _read_report(file: Path) -> dict[str, Any]:
+    """A `results.json`.
+
+    Raises:
+        MisconfigurationException: it is none.
+    """
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise MisconfigurationException(f"'{file}' is damaged or no JSON: {error}.") from error
+    if not isinstance(report, dict) or not isinstance(report.get("metrics"), dict):
+        raise MisconfigurationException(f"'{file}' is no report of `featherlight test`: it has no `metrics`.")
+    return report
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

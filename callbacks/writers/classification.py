@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.run.directory import announce, replaced_atomically, run_directory
+from callbacks.run.escaping import cells, printable
 from callbacks.writers.base import PredictionWriter
 from callbacks.writers.drawing import INK, WRONG, contact_sheet, fit_into, to_pil
 
@@ -111,7 +112,7 @@ class ClassificationWriter(PredictionWriter):
                 if count == 1:
                     names = class_names(trainer, module, row["of"])
                     table.writerow(_header(len(row["classes"])))
-                table.writerow(_cells(row, names))
+                table.writerow(cells(_cells(row, names)))
                 if row["thumbnail"] is not None and len(shown) < self.sheet_images:
                     shown.append(row)
             if count == 0:
@@ -133,8 +134,8 @@ class ClassificationWriter(PredictionWriter):
                 pictures.append(picture.convert("RGB"))
             top, label = row["classes"][0], row["label"]
             wrong = label is not None and label != top
-            caption = f"{100 * row['probabilities'][0]:.0f}% {names[top]}"
-            captions.append(f"{caption}\nlabel: {_name(names, label)}" if wrong else caption)
+            caption = f"{100 * row['probabilities'][0]:.0f}% {printable(names[top])}"
+            captions.append(f"{caption}\nlabel: {printable(_name(names, label))}" if wrong else caption)
             colours.append(WRONG if wrong else INK)
         return contact_sheet(pictures, captions, colours, self.sheet_columns)
 

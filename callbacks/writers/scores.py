@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.run.directory import announce, replaced_atomically, run_directory
+from callbacks.run.escaping import cells, printable
 from callbacks.writers.base import PredictionWriter
 from callbacks.writers.drawing import WRONG, contact_sheet, fit_into, open_picture
 from lightning_modules.gendet.detector import FakeDetector
@@ -83,7 +84,9 @@ class ScoreWriter(PredictionWriter):
                 verdict = "fake" if fake else "real"
                 drawn = "" if row["discrepancy"] is None else f"{row['discrepancy']:.6g}"
                 score = f"{row['score']:.6f}"
-                table.writerow([row["index"], row["path"], score, f"{threshold:.6f}", verdict, label, drawn])
+                table.writerow(
+                    cells([row["index"], row["path"], score, f"{threshold:.6f}", verdict, label, drawn])
+                )
                 kept.append((row["score"], row["path"], verdict, label))
         announce(trainer, f"{len(kept)} scores written to {path}: {fakes} fake at {threshold:.3f}")
         if self.sheet_images and kept and kept[0][1] is not None:
@@ -98,7 +101,9 @@ class ScoreWriter(PredictionWriter):
         for score, path, verdict, label in chosen:
             pictures.append(fit_into(open_picture(trainer, path), 160))
             wrong = bool(label) and label != verdict
-            captions.append(f"{score:.3f} {verdict}\n{'label: ' + label if wrong else Path(path).name}")
+            captions.append(
+                f"{score:.3f} {verdict}\n{'label: ' + label if wrong else printable(Path(path).name)}"
+            )
             colours.append(WRONG if wrong else {"fake": GENERATED, "real": PHOTOGRAPH}[verdict])
         target = run_directory(trainer) / "scores.png"
         with replaced_atomically(target) as unfinished:

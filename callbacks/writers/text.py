@@ -1,6 +1,5 @@
 """What a language model says about text, and how it goes on, as JSON lines."""
 
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from callbacks.run.directory import announce, replaced_atomically, run_directory
+from callbacks.run.escaping import json_text
 from callbacks.writers.base import PredictionWriter
 
 
@@ -86,6 +86,6 @@ class TextWriter(PredictionWriter):
         with replaced_atomically(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             for row in rows:
                 kept = {key: value for key, value in row.items() if key != "loader"}
-                file.write(json.dumps(kept, ensure_ascii=False) + "\n")
+                file.write(json_text(kept) + "\n")
                 count += 1
         announce(trainer, f"{count} predictions written to {path}")

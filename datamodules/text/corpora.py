@@ -1,9 +1,12 @@
 """Text as it is published, and token segments cut from it."""
 
+import contextlib
 import glob
 import gzip
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +15,19 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from datamodules.reading import CorruptSampleError
+
+log = logging.getLogger(__name__)
+
 Segmentation = Literal["packed", "random"]
 Document = Literal["file", "line"]
 
 HUB = "hub:"
 _TOKENS = (".pt", ".npy")
 _JSON = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+_PLAIN = (".txt", ".raw", ".txt.gz", ".raw.gz")
+Render = Callable[[list[Any]], str]
+"""Makes one text of the messages of a chat."""
 
 
 def corpus_files(root: Path, source: str) -> list[Path]:
@@ -35,7 +45,9 @@ def corpus_files(root: Path, source: str) -> list[Path]:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return [path]
         found = [
-            file for file in path.iterdir() if file.suffix in (".txt", ".raw") or file.name.endswith(_JSON)
+            file
+            for file in path.iterdir()
+            if file.name.endswith(_PLAIN + _JSON) and not file.name.startswith(".") and file.is_file()
         ]
     elif path.is_file():
         found = [path]
@@ -51,46 +63,124 @@ def corpus_files(root: Path, source: str) -> list[Path]:
 
 
 def read_documents(
-    root: Path, source: str, column: str = "text", document: Document = "file"
+    root: Path,
+    source: str,
+    column: str = "text",
+    document: Document = "file",
+    render: Render | None = None,
 ) -> Iterator[str]:
-    """The documents of a source, one after another.
+    """The documents of a source, one after another; rows whose text is null are counted and left out.
 
     Args:
         root: of relative sources.
         source: see `TextDataModule`.
         column: of JSON objects and of tables.
         document: whether a plain text file is one document, or each of its lines is a row (blank ones count).
+        render: for columns that hold chats; None refuses them.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: a line is no JSON object with that column; names file and line.
+        CorruptSampleError: a file cannot be read, or is no UTF-8; names it.
+        ValueError: a line is no JSON object with that column, or it holds no text; names file and line.
     """
     if source.startswith(HUB):
-        yield from _rows(_hub(source.removeprefix(HUB)), column, source)
+        yield from _texts(_rows(_hub(source.removeprefix(HUB)), column, source), source, column, render)
         return
     for file in corpus_files(root, source):
         if file.is_dir() or file.suffix in (".arrow", ".parquet"):
-            yield from _rows(_table(file), column, str(file))
+            yield from _texts(_rows(_table(file), column, str(file)), file, column, render)
         elif file.name.endswith(_JSON):
-            yield from _json_rows(file, column)
-        elif document == "file":
-            yield file.read_text(encoding="utf-8")
+            yield from _texts(_json_rows(file, column), file, column, render)
         else:
-            with file.open(encoding="utf-8") as lines:
-                yield from (line if line.strip() else "" for line in lines)
+            yield from _plain(file, document)
 
 
-def _json_rows(file: Path, column: str) -> Iterator[str]:
+def _texts(
+    rows: Iterable[tuple[str, Any]], source: str | Path, column: str, render: Render | None
+) -> Iterator[str]:
+    """The texts of rows (where each stands, its value)."""
+    missing = broken = 0
+    for where, value in rows:
+        if value is None:
+            missing += 1
+        elif isinstance(value, str):
+            text = value.encode("utf-8", "replace").decode() if _has_surrogates(value) else value
+            broken += text is not value
+            yield text
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield str(value)
+        elif isinstance(value, list) and render is not None:
+            yield _rendered(render, value, f"{source}, {where}")
+        else:
+            chat = isinstance(value, list) and value and isinstance(value[0], dict)
+            remedy = ": set chat: true to apply the tokenizer's chat template" if chat else ""
+            raise ValueError(
+                f"{source}, {where}: '{column}' holds {'messages' if chat else f'a {type(value).__name__}'}, "
+                f"not a text{remedy}."
+            )
+    for count, what in (
+        (missing, f"rows have no '{column}' (null) and are left out"),
+        (broken, "texts hold halves of characters (lone surrogates), which became '?'"),
+    ):
+        if count:
+            log.warning("%s: %d %s.", source, count, what)
+
+
+def _has_surrogates(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _rendered(render: Render, messages: list[Any], where: str) -> str:
+    try:
+        return render(messages)
+    except Exception as error:  # a template is a program of its author's
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where}: the chat template does not take these messages ({reason}).") from error
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Iterator[str]]:
+    """The lines of a text file, compressed or not.
+
+    Raises:
+        CorruptSampleError: it is damaged, or no UTF-8.
+    """
     opener: Any = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rt", encoding="utf-8") as lines:
+    try:
+        with opener(file, "rt", encoding="utf-8-sig", newline=None) as lines:
+            yield lines
+    except UnicodeDecodeError as error:
+        raise CorruptSampleError(
+            f"{file} is not a text in UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}): "
+            "convert it first, for instance with iconv."
+        ) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CorruptSampleError(f"{file} is damaged or no gzip file ({error}).") from error
+
+
+def _plain(file: Path, document: Document) -> Iterator[str]:
+    with _opened(file) as lines:
+        if document == "file":
+            yield "".join(lines)
+        else:
+            yield from (line if line.strip() else "" for line in lines)
+
+
+def _json_rows(file: Path, column: str) -> Iterator[tuple[str, Any]]:
+    with _opened(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    yield str(json.loads(line)[column])
-                except (ValueError, KeyError, TypeError) as error:
+                    value = json.loads(line)[column]
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise ValueError(
                         f"{file}, line {number}: no JSON object with '{column}' ({error})."
                     ) from error
+                yield f"line {number}", value
 
 
 def _hub(name: str) -> Any:
@@ -102,7 +192,11 @@ def _hub(name: str) -> Any:
         raise MisconfigurationException(
             f"'{HUB}{name}': write {HUB}owner/name/split or {HUB}owner/name/configuration/split."
         )
-    return load_dataset("/".join(parts[:2]), *parts[2:-1], split=parts[-1])
+    try:
+        return load_dataset("/".join(parts[:2]), *parts[2:-1], split=parts[-1], trust_remote_code=False)
+    except Exception as error:  # the network, the hub and each format fail in their own way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise MisconfigurationException(f"'{HUB}{name}' cannot be loaded: {reason}") from error
 
 
 def _table(path: Path) -> Any:
@@ -110,11 +204,14 @@ def _table(path: Path) -> Any:
         from datasets import Dataset, load_from_disk
     except ImportError as error:
         raise MisconfigurationException(f"Reading '{path}' needs the package `datasets`.") from error
-    if path.suffix == ".parquet":
-        return Dataset.from_parquet(str(path))
-    if path.suffix == ".arrow":
-        return Dataset.from_file(str(path))
-    found = load_from_disk(str(path))
+    try:
+        if path.suffix == ".parquet":
+            return Dataset.from_parquet(str(path))
+        found = Dataset.from_file(str(path)) if path.suffix == ".arrow" else load_from_disk(str(path))
+    except Exception as error:  # pyarrow and datasets raise nearly anything on damaged files
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise CorruptSampleError(f"cannot read the table {path} ({reason}).") from error
     if not isinstance(found, Dataset):
         raise MisconfigurationException(
             f"'{path}' holds the splits {', '.join(found)}: name the folder of one of them."
@@ -122,26 +219,41 @@ def _table(path: Path) -> Any:
     return found
 
 
-def _rows(table: Any, column: str, source: str) -> Iterator[str]:
+def _rows(table: Any, column: str, source: str) -> Iterator[tuple[str, Any]]:
     if column not in table.column_names:
         raise ValueError(f"{source} has no column '{column}', only {', '.join(table.column_names)}.")
-    for row in table:
-        yield row[column]
+    for number, row in enumerate(table, start=1):
+        yield f"row {number}", row[column]
 
 
 def read_tokens(path: Path) -> Tensor:
     """Token ids (tokens,), int64, of a `.pt` or `.npy` file.
 
     Raises:
+        CorruptSampleError: it cannot be read.
         ValueError: it is not one row of integers.
     """
-    if path.suffix == ".npy":
-        ids = torch.from_numpy(np.load(path, allow_pickle=False))
-    else:
-        ids = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.squeeze().ndim != 1:
+    try:
+        if path.suffix == ".npy":
+            ids = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            ids = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # both raise nearly anything on damaged files, and advise to run code
+        raise CorruptSampleError(
+            f"{path} is damaged, or holds no token ids as {'numpy' if path.suffix == '.npy' else 'torch'} "
+            "writes them."
+        ) from error
+    if (
+        not isinstance(ids, Tensor)
+        or ids.is_floating_point()
+        or ids.is_complex()
+        or ids.dtype == torch.bool
+        or ids.numel() != max(ids.shape, default=0)
+    ):
         raise ValueError(f"{path} must hold one row of integer token ids.")
-    return ids.squeeze().long()
+    return ids.flatten().long()
 
 
 def is_tokens(source: str) -> bool:
@@ -186,6 +298,8 @@ def random_segments(
     Raises:
         ValueError: no document is long enough.
     """
+    if not documents:
+        raise ValueError("The calibration text has no document.")
     generator = np.random.default_rng(seed)
     encoded: dict[int, list[int]] = {}
     segments: list[list[int]] = []

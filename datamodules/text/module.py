@@ -44,8 +44,9 @@ class TextDataModule(DataModule):
     Batches are dicts: "input_ids" int64 (B, L); "index" int64 (B,), the segment's place in the stream. In
     evaluation each segment is seen by exactly one rank, so sums over tokens are exact on any number of ranks.
 
-    A source is a file, a folder or a glob, relative to `root`: `.txt` and `.raw` (joined in the order of
-    their names), `.jsonl` and `.json.gz` with one object a line (C4), `.parquet`, `.arrow`, a folder that
+    A source is a file, a folder or a glob, relative to `root`: `.txt` and `.raw`, also as `.gz` (joined in
+    the order of their names), `.jsonl` and `.json.gz` with one object a line (C4), `.parquet`,
+    `.arrow`, a folder that
     `datasets` saved, `.pt` or `.npy` with token ids; or `hub:owner/name[/configuration]/split`.
 
     Args:
@@ -63,6 +64,8 @@ class TextDataModule(DataModule):
         column: of JSON objects and tables.
         document: whether a plain text file is one document, or each line is a row (WikiText).
         joiner: what is put between documents.
+        chat: `column` holds lists of messages (`role`, `content`), of which the tokenizer's chat template
+            makes the text; otherwise they are refused.
         allow_overlap: calibrate on the very files that are evaluated on.
         sample_size: characters of the training text that `sample: true` writes; a tenth as many to evaluate
             on.
@@ -92,6 +95,7 @@ class TextDataModule(DataModule):
         column: str = "text",
         document: Document = "file",
         joiner: str = "\n\n",
+        chat: bool = False,
         allow_overlap: bool = False,
         sample_size: int = 200_000,
         **options: Any,
@@ -113,6 +117,7 @@ class TextDataModule(DataModule):
         self.column = column
         self.document: Document = document
         self.joiner = joiner
+        self.chat = chat
         self.allow_overlap = allow_overlap
         self.sample_size = sample_size
         self.tokenizer: Any = None
@@ -128,7 +133,8 @@ class TextDataModule(DataModule):
         Raises:
             MisconfigurationException: there is no tokenizer.
             FileNotFoundError: a source is not there.
-            ValueError: a text is too short for one segment.
+            CorruptSampleError: a file cannot be read.
+            ValueError: a text is too short for one segment, or a row holds no text.
         """
         wanted: dict[str, tuple[Split, ...]] = {
             "fit": ("train", "val"),
@@ -179,7 +185,11 @@ class TextDataModule(DataModule):
             return set()
 
     def _documents(self, source: str) -> Any:
-        return read_documents(self.root, source, self.column, self.document)
+        render = self._render if self.chat else None
+        return read_documents(self.root, source, self.column, self.document, render)
+
+    def _render(self, messages: list[Any]) -> str:
+        return self._tokenizer().apply_chat_template(messages, tokenize=False)
 
     def _stream(self, source: str) -> Tensor:
         """All token ids of a source, (tokens,)."""
@@ -191,13 +201,15 @@ class TextDataModule(DataModule):
         return torch.tensor(self._encode(self.joiner.join(self._documents(source))))
 
     def _encode(self, text: str) -> list[int]:
+        return self._tokenizer()(text, add_special_tokens=False, verbose=False).input_ids
+
+    def _tokenizer(self) -> Any:
         tokenizer = self.tokenizer
         if tokenizer is None and self.trainer is not None:
             tokenizer = getattr(self.trainer.lightning_module, "tokenizer", None)
         if tokenizer is None:
             raise MisconfigurationException(
                 "TextDataModule uses the model's tokenizer, and there is none: use a CausalLanguageModel, "
-                "or set "
-                "`datamodule.tokenizer`."
+                "or set `datamodule.tokenizer`."
             )
-        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return tokenizer

@@ -50,6 +50,7 @@ class DecoDetector(Method):
         kwargs: optimiser, schedule and parameter groups, see `Method`.
     """
 
+    metrics = ("AP",)
     mean: Tensor
     std: Tensor
     inference = InferenceSpec(outputs=("logits", "boxes"), unit="images")
@@ -152,21 +153,23 @@ class DecoDetector(Method):
         """Begin with no image."""
         self._evaluation.reset()
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Terms:
         """Collect detections and ground truth."""
-        self._collect(batch)
+        return self._collect(batch)
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Terms:
         """Collect detections and ground truth."""
-        self._collect(batch)
+        return self._collect(batch)
 
-    def _collect(self, batch: dict[str, Any]) -> None:
+    def _collect(self, batch: dict[str, Any]) -> Terms:
         if "annotations" not in batch:
             raise MisconfigurationException(
                 "DecoDetector evaluates batches that have `annotations`, as those of CocoDataModule have."
             )
         image_ids = torch.stack([target["image_id"] for target in batch["targets"]])
-        self._evaluation.update(image_ids, self.detect(batch), batch["annotations"])
+        detections = self.detect(batch)
+        self._evaluation.update(image_ids, detections, batch["annotations"])
+        return detections._asdict()
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/AP` and COCO's eleven other numbers."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_modules.deco.backbones import ConvNeXtTiny, ResNet50, ResNetD
 from lightning_modules.deco.network import Deco, DetectionNetwork
 from lightning_modules.deco.plus import DecoPlus
-from lightning_modules.parts.weights import read_checkpoint, state_dict_of
+from lightning_modules.parts.weights import load_state, read_checkpoint, state_dict_of
 
 _ALIAS = "deco_convnet.decoder.bbox_embed."  # the release has DECO's box heads under this name, too
 
@@ -31,15 +31,15 @@ def load_detector(network: DetectionNetwork, path: str | Path) -> None:
     """
     with torch.serialization.safe_globals([Namespace]):
         checkpoint = read_checkpoint(path)
-    _load(network, released_state(checkpoint), path)
+    load_state(network, released_state(checkpoint, path), path)
 
 
-def released_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+def released_state(checkpoint: Mapping[str, Any], source: str | Path = "the checkpoint") -> dict[str, Tensor]:
     """A detector's state dict in a checkpoint, averaged weights first, without aliases."""
     averaged = checkpoint.get("ema")
     if isinstance(averaged, Mapping) and isinstance(averaged.get("module"), Mapping):
         checkpoint = averaged["module"]
-    state = state_dict_of(dict(checkpoint))
+    state = state_dict_of(dict(checkpoint), source=source)
     return {name: values for name, values in state.items() if not name.startswith(_ALIAS)}
 
 
@@ -63,8 +63,11 @@ def load_backbone(network: DetectionNetwork, source: str | Path) -> None:
         backbone = network.backbone
     else:
         raise MisconfigurationException(f"backbone_weights: {type(network).__name__} has no known backbone.")
-    state = _downloaded(backbone) if source == "pretrained" else state_dict_of(read_checkpoint(source))
-    _load(backbone, backbone_state(backbone, state), source)
+    if source == "pretrained":
+        state = _downloaded(backbone)
+    else:
+        state = state_dict_of(read_checkpoint(source), source=source)
+    load_state(backbone, backbone_state(backbone, state), source)
 
 
 def _downloaded(backbone: nn.Module) -> dict[str, Tensor]:
@@ -142,10 +145,3 @@ def _with_first_shortcut(backbone: ResNetD, state: dict[str, Tensor]) -> dict[st
         else:
             values.fill_(1.0 if name.endswith(("norm.weight", "running_var")) else 0.0)
     return shortcut | state
-
-
-def _load(network: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:  # torch lists missing, unexpected and misshapen keys
-        raise MisconfigurationException(f"'{path}' does not fit {type(network).__name__}. {error}") from error

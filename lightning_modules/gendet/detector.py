@@ -40,6 +40,7 @@ class FakeDetector(Method):
         kwargs: optimiser, schedule and parameter groups, see `Method`.
     """
 
+    metrics = ("ap", "accuracy")
     threshold: Tensor
     feature_mean: Tensor
     feature_std: Tensor
@@ -162,17 +163,18 @@ class FakeDetector(Method):
         """Begin with no image."""
         self.scores.reset()
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Collect scores."""
-        self._collect(batch)
+        return self._collect(batch)
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Collect scores."""
-        self._collect(batch)
+        return self._collect(batch)
 
-    def _collect(self, batch: dict[str, Any]) -> None:
+    def _collect(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         scores = self.score(self.inputs(batch))
         self.scores.update(batch["index"], batch["label"], batch["generator"], scores)
+        return scores
 
     def on_validation_epoch_end(self) -> None:
         """Choose the threshold in `fit`, log `val/ap`, `val/accuracy` and the others."""

@@ -1,9 +1,56 @@
-"""Stop a run at the first loss term that is not finite, without stalling the device."""
+"""Stop a run at the first number that is none: a loss term, without stalling the device, or an output."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class NotFiniteError(RuntimeError):
+    """A run whose numbers are no numbers any more; the message says which, and where."""
+
+
+def verify_outputs(
+    outputs: Any, stage: str, batch_idx: int, source: str, metrics: Sequence[str] = ()
+) -> None:
+    """Refuse to evaluate what is not a number.
+
+    Infinite values pass: a masked class has a logit of minus infinity, an impossible token an infinite
+    surprise, and both are compared rightly.
+
+    Args:
+        outputs: what a step measured or predicts: tensors by name; anything else is not looked at.
+        stage: `val`, `test` or `predict`.
+        batch_idx: place of the batch.
+        source: of the data.
+        metrics: names of what is computed from the outputs.
+
+    Raises:
+        NotFiniteError: a tensor holds NaN; names it, the batch and the data.
+    """
+    if not isinstance(outputs, Mapping):
+        return
+    tensors = {
+        name: value
+        for name, value in outputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+    }
+    if not tensors:
+        return
+    counts = torch.stack([value.isnan().sum() for value in tensors.values()]).tolist()
+    faults = [
+        f"{name} ({count} of {tensors[name].numel()} values)"
+        for name, count in zip(tensors, counts, strict=True)
+        if count
+    ]
+    if faults:
+        named = ", ".join(f"{stage}/{name}" for name in metrics)
+        raise NotFiniteError(
+            f"{stage}: NaN in {', '.join(faults)} at batch {batch_idx} of {source}, "
+            f"{f'of which {named} would be computed' if named else 'which are no results'}. Usual causes: a "
+            "checkpoint of a run that diverged, 16-bit overflow, bad data."
+        )
 
 
 class FiniteGuard:
@@ -36,7 +83,7 @@ class FiniteGuard:
         """Check what was watched last.
 
         Raises:
-            RuntimeError: a term is NaN or infinite; names the term, the batch and the data.
+            NotFiniteError: a term is NaN or infinite; names the term, the batch and the data.
         """
         if self._values is None:
             return
@@ -50,7 +97,7 @@ class FiniteGuard:
             for name, value in zip(self._names, values, strict=True)
             if not abs(value) < float("inf")
         ]
-        raise RuntimeError(
+        raise NotFiniteError(
             f"Loss term not finite: {', '.join(faults)}, at {self._where}. The run stops here, before the "
             "optimiser "
             "step; the last checkpoint is untouched. Usual causes: a learning rate too high, 16-bit "
