@@ -4,6 +4,7 @@ vector (section 3 of the paper, arXiv 2312.08880).
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,7 +38,13 @@ class Attention(nn.Module):
         qkv = self.qkv(tokens).view(batch, count, 3, self.heads, dim // self.heads)
         queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind()  # (batch, heads, tokens, dim / heads)
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout)
+        if count == 1:
+            # the weight is 1; a fused kernel's rounding errors would be gradients of queries and keys, and
+            # Adam makes steps of any size of those
+            weights = F.dropout(torch.ones_like(values[..., :1]), dropout)  # (batch, heads, 1, 1)
+            mixed = weights * values
+        else:
+            mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout)
         return self.proj(mixed.transpose(1, 2).reshape(batch, count, dim))
 
 

@@ -36,6 +36,16 @@ def test_queries_keys_and_heads_change_nothing_and_get_a_gradient_of_zero():
     torch.testing.assert_close(other(x), before)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_queries_and_keys_get_no_rounding_errors_for_gradients(dropout):
+    """Adam would make steps of them, and two processes would not end like one."""
+    net = network(dim=64, heads=4, dropout=dropout).train()
+    net.student(net.embed(torch.randn(64, 20))).square().sum().backward()
+    gradient = net.student.attn.qkv.weight.grad
+    assert not gradient[:128].any()
+    assert gradient[128:].any()
+
+
 def test_the_augmenter_takes_no_part_in_inference():
     net, x = network(), torch.randn(5, 20)
     before = net(x)
