@@ -193,7 +193,9 @@ class CocoDataset(Dataset[dict[str, Any]]):
         if self._caption_rows is None:
             self._caption_rows = {captions.image_key(row): row for row in range(len(captions))}
         row = self._caption_rows.get(key)
-        entries = [] if row is None else captions.of(row)
+        if row is None:
+            return []
+        entries = captions.of(row)
         return [captions.caption(entry) for entry in entries if entry["category"] == CAPTION]
 
 
@@ -279,7 +281,7 @@ def _clipped_corners(boxes: NDArray[np.float64], width: Any, height: Any) -> NDA
 
 
 def _has_area(corners: NDArray[np.float32]) -> NDArray[np.bool_]:
-    return (corners[:, 2:] > corners[:, :2]).all(axis=1)
+    return (corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1])
 
 
 def collate_detection(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """DecoDetector: a whole run on drawn scenes, its optimiser groups, its ranks, and its refusals."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import LambdaCallback, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
@@ -259,6 +261,12 @@ def test_groups_of_decoplus_r18():
 
 
 # Two processes
+
+
+@pytest.mark.parametrize("name", ["plus_r18_coco", "plus_r50_coco"])
+def test_recipes_with_batch_norms_synchronise_them_over_the_ranks(name):
+    path = Path(__file__).parents[3] / "configs" / "deco" / f"{name}.yaml"
+    assert yaml.safe_load(path.read_text())["trainer"]["sync_batchnorm"] is True
 
 
 def _evaluate_on_a_rank(rank: int, folder: str) -> None:
