@@ -213,7 +213,7 @@ class FeatureCache:
         key = self.encoder.key
         parts = [f"{_slug(self.encoder.model)}-{digest(key)}", digest(described), f"{_slug(name)}-{listed}"]
         folder = self.folder.joinpath(*parts)
-        expected = {"encoder": key, "transform": described, "files": listed}
+        expected: dict[str, Any] = {"encoder": key, "transform": described, "files": listed}
         expected |= {"shape": list(self.shape), "dtype": self.dtype.name}
         header = read_header(folder)
         if header is not None:
