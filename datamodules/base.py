@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -105,7 +105,7 @@ class DataModule(LightningDataModule):
         self.download = download
         self.on_error: OnError = on_error
         self.repeats = repeats
-        self.datasets: dict[Split, Dataset[Any]] = {}
+        self.datasets: dict[str, Dataset[Any]] = {}
 
     # what a family provides
 
@@ -123,6 +123,27 @@ class DataModule(LightningDataModule):
         """The function that makes a batch of a list of transformed samples."""
         return default_collate
 
+    def parts(self, split: Split) -> Sequence[str]:
+        """Names of the data sets that an evaluation reads one after the other: here one, that of the split.
+
+        A family that needs several, such as a gallery and queries, names them and puts each into
+        ``datasets``. Their loaders are then a dict, and a step is told its ``dataloader_idx``.
+        """
+        return (split,)
+
+    def sampler(self, dataset: Sized, split: Split) -> EpochSampler:
+        """The order in which a rank reads a split; a family with an order of its own, such as
+        ``IdentitySampler``, overrides this.
+        """
+        rank, world = self._ranks()
+        if split == "train":
+            tail: Literal["repeat", "drop", "keep"] = "drop" if self.drop_last else "repeat"
+            return EpochSampler(
+                dataset, seed=self.run_seed, tail=tail, repeats=self.repeats, rank=rank, num_replicas=world
+            )
+        tail = "repeat" if self._equal_batches(split, len(dataset), world) else "keep"
+        return EpochSampler(dataset, shuffle=False, tail=tail, rank=rank, num_replicas=world)
+
     # what Lightning calls
 
     def prepare_data(self) -> None:
@@ -136,17 +157,17 @@ class DataModule(LightningDataModule):
         """Shuffled batches of ``datasets["train"]``."""
         return self.loader("train")
 
-    def val_dataloader(self) -> ResumableLoader:
+    def val_dataloader(self) -> ResumableLoader | dict[str, ResumableLoader]:
         """Batches of ``datasets["val"]``, each sample once."""
-        return self.loader("val")
+        return self.loaders("val")
 
-    def test_dataloader(self) -> ResumableLoader:
+    def test_dataloader(self) -> ResumableLoader | dict[str, ResumableLoader]:
         """Batches of ``datasets["test"]``, each sample once."""
-        return self.loader("test")
+        return self.loaders("test")
 
-    def predict_dataloader(self) -> ResumableLoader:
+    def predict_dataloader(self) -> ResumableLoader | dict[str, ResumableLoader]:
         """Batches of ``datasets["predict"]``, each sample once."""
-        return self.loader("predict")
+        return self.loaders("predict")
 
     # what they are made of
 
@@ -155,24 +176,31 @@ class DataModule(LightningDataModule):
         """``seed``, or that of ``seed_everything``, or 0."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
-    def loader(self, split: Split) -> ResumableLoader:
-        """The loader of a split.
+    def loaders(self, split: Split) -> ResumableLoader | dict[str, ResumableLoader]:
+        """The loader of a split, or one of each of its parts by their names."""
+        parts = self.parts(split)
+        if len(parts) == 1:
+            return self.loader(split)
+        return {part: self.loader(split, part) for part in parts}
+
+    def loader(self, split: Split, part: str | None = None) -> ResumableLoader:
+        """The loader of a split, or of one of its parts.
 
         Raises:
             DataError: the split has no samples.
             MisconfigurationException: there is no such split, or training has less than a batch.
         """
-        dataset, epoch_end = self._dataset(split), None
-        self._check_size(split, dataset)
+        dataset, epoch_end = self._dataset(part or split), None
+        self._check_size(part or split, dataset)
         train = split == "train"
         if self.on_error == "skip":
             counter = SkipCounter(self.num_workers)
             dataset = SkippingDataset(dataset, counter)
-            epoch_end = partial(counter.report, f"{type(self).__name__}, {split}")
+            epoch_end = partial(counter.report, f"{type(self).__name__}, {part or split}")
         seeded = SeededDataset(dataset, self.run_seed if train else None, self.transform(split))
         return ResumableLoader(
             seeded,
-            sampler=self._sampler(seeded, split),
+            sampler=self.sampler(seeded, split),
             batch_size=self.batch_size if train else self.eval_batch_size or self.batch_size,
             drop_last=train and self.drop_last,
             collate_fn=self.collation(),
@@ -182,12 +210,12 @@ class DataModule(LightningDataModule):
             epoch_end=epoch_end,
         )
 
-    def _dataset(self, split: Split) -> Dataset[Any]:
+    def _dataset(self, split: str) -> Dataset[Any]:
         if split not in self.datasets:
             raise MisconfigurationException(f"{type(self).__name__} has no {split} data.")
         return self.datasets[split]
 
-    def _check_size(self, split: Split, dataset: Dataset[Any]) -> None:
+    def _check_size(self, split: str, dataset: Dataset[Any]) -> None:
         """Whether there is a batch at all: a run that trains nothing must not look like a success."""
         length, world = len(dataset), self._ranks()[1]  # type: ignore[arg-type]
         if length == 0:
@@ -199,16 +227,6 @@ class DataModule(LightningDataModule):
                 f"{self.batch_size}, and an incomplete one is left out: lower batch_size, or set "
                 "drop_last: false."
             )
-
-    def _sampler(self, dataset: SeededDataset, split: Split) -> EpochSampler:
-        rank, world = self._ranks()
-        if split == "train":
-            tail: Literal["repeat", "drop", "keep"] = "drop" if self.drop_last else "repeat"
-            return EpochSampler(
-                dataset, seed=self.run_seed, tail=tail, repeats=self.repeats, rank=rank, num_replicas=world
-            )
-        tail = "repeat" if self._equal_batches(split, len(dataset), world) else "keep"
-        return EpochSampler(dataset, shuffle=False, tail=tail, rank=rank, num_replicas=world)
 
     def _ranks(self) -> tuple[int, int]:
         """Rank and number of ranks that split the data; under tensor parallelism some ranks share theirs."""

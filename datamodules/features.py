@@ -214,7 +214,7 @@ class FeatureCache:
         key = self.encoder.key
         parts = [f"{_slug(self.encoder.model)}-{digest(key)}", digest(described), f"{_slug(name)}-{listed}"]
         folder = self.folder.joinpath(*parts)
-        expected = {"encoder": key, "transform": described, "files": listed}
+        expected: dict[str, Any] = {"encoder": key, "transform": described, "files": listed}
         expected |= {"shape": list(self.shape), "dtype": self.dtype.name}
         header = read_header(folder)
         if header is not None:
@@ -432,11 +432,13 @@ class FeatureDataset(Dataset[Any]):
 
     def _read(self, index: NDArray[np.int64], epoch: int) -> NDArray[Any]:
         parts = self.parts[index]
-        out = np.empty((len(index), *self.stores[0].shape), self.stores[0].dtype)
+        values, places = [], []
         for part in np.unique(parts):
-            mine, store = parts == part, self.stores[part]
-            views = self._views(index[mine], epoch, store.views)
-            out[mine] = store.read(self.rows[index[mine]], views)
+            mine, store = np.flatnonzero(parts == part), self.stores[part]
+            values.append(store.read(self.rows[index[mine]], self._views(index[mine], epoch, store.views)))
+            places.append(mine)
+        out: NDArray[Any] = np.concatenate(values)
+        out[np.concatenate(places)] = out.copy()
         return out
 
     def _views(self, index: NDArray[np.int64], epoch: int, views: int) -> NDArray[np.int64]:

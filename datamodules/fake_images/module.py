@@ -306,23 +306,23 @@ class FakeImagesDataModule(DataModule):
         finally:
             self.drop_last = kept
 
-    def loader(self, split: Split) -> ResumableLoader:
+    def loader(self, split: Split, part: str | None = None) -> ResumableLoader:
         """The loader of a split; cached features are read here, not in workers."""
         dataset = self._dataset(split)
         if not isinstance(dataset, FeatureDataset):
-            return super().loader(split)
+            return super().loader(split, part)
         self._check_size(split, dataset)
         train = split == "train"
         rows: Any = dataset  # a sampler only asks for its length
         return ResumableLoader(
             dataset,
-            sampler=self._sampler(rows, split),
+            sampler=self.sampler(rows, split),
             batch_size=self.batch_size if train else self.eval_batch_size or self.batch_size,
             drop_last=train and self.drop_last,
             collate_fn=_whole,
         )
 
-    def _dataset(self, split: Split) -> Dataset[Any]:
+    def _dataset(self, split: str) -> Dataset[Any]:
         dataset = super()._dataset(split)
         if split != "train" or not isinstance(dataset, (FakeImageDataset, FeatureDataset)):
             return dataset
