@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_modules.base import Method, Terms
+from lightning_modules.parts.contracts import HasSequenceLength, datamodule_of, optional
 from lightning_modules.parts.inference import InferenceSpec
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -216,7 +217,8 @@ class CausalLanguageModel(Method):
             MisconfigurationException: they are longer; names both numbers.
         """
         self.load()
-        length = getattr(getattr(self.trainer, "datamodule", None), "seq_len", None)
+        data = optional(datamodule_of(self.trainer), HasSequenceLength)
+        length = None if data is None else data.seq_len
         limit = getattr(self.network.config, "max_position_embeddings", None)
         if isinstance(length, int) and isinstance(limit, int) and length > limit:
             raise MisconfigurationException(

@@ -22,6 +22,7 @@ from callbacks.quantization.report import describe
 from callbacks.quantization.scheme import Scheme, resolve_schemes
 from callbacks.run.directory import announce, run_directory, write_json
 from lightning_modules.language_model import CausalLanguageModel, TokenLikelihood, token_nll
+from lightning_modules.parts.contracts import HasCalibrationSegments, datamodule_of, require
 from lightning_modules.parts.strategies import is_sharded
 
 Export = Literal["none", "dense", "compressed-tensors", "both"]
@@ -215,13 +216,8 @@ class QuantizationCallback(Callback, ABC):
         Raises:
             MisconfigurationException: the data has none.
         """
-        provide = getattr(getattr(trainer, "datamodule", None), "calibration_segments", None)
-        if provide is None:
-            raise MisconfigurationException(
-                f"{type(self).__name__} calibrates: the data module needs `calibration_segments()`, as "
-                "TextDataModule has."
-            )
-        found = provide()
+        data = require(datamodule_of(trainer), HasCalibrationSegments, f"{type(self).__name__}'s calibration")
+        found = data.calibration_segments()
         limit = getattr(self._model(trainer.lightning_module).network.config, "max_position_embeddings", None)
         if isinstance(limit, int) and found.shape[1] > limit:
             raise MisconfigurationException(

@@ -13,6 +13,13 @@ from lightning.pytorch import LightningModule, Trainer
 from callbacks.run.directory import announce, replaced_atomically, run_directory
 from callbacks.writers.base import PredictionWriter
 from callbacks.writers.drawing import shortened
+from lightning_modules.parts.contracts import (
+    HasCategoryIds,
+    HasClassNames,
+    HasNumClasses,
+    datamodule_of,
+    optional,
+)
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -60,8 +67,9 @@ class DetectionWriter(PredictionWriter):
         if trainer.is_global_zero:
             shutil.rmtree(pictures(trainer), ignore_errors=True)
         super().on_predict_start(trainer, pl_module)
-        count = getattr(pl_module, "num_classes", 0)
-        known = getattr(getattr(trainer, "datamodule", None), "class_names", None) or ()
+        model, data = optional(pl_module, HasNumClasses), optional(datamodule_of(trainer), HasClassNames)
+        count = (model and model.num_classes) or 0
+        known = (data and data.class_names) or ()
         # a data set may use fewer labels than the model has
         self._names = [*known, *(f"class {label}" for label in range(len(known), count))]
         if self.max_pictures != 0:
@@ -94,7 +102,8 @@ class DetectionWriter(PredictionWriter):
 
     def write(self, trainer: Trainer, module: LightningModule, rows: Iterator[dict[str, Any]]) -> None:
         """The JSON, one detection a line."""
-        ids = getattr(getattr(trainer, "datamodule", None), "category_ids", None) or ()
+        data = optional(datamodule_of(trainer), HasCategoryIds)
+        ids = data.category_ids if data is not None else ()
         path = run_directory(trainer) / "detections.json"
         images = count = 0
         with replaced_atomically(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:

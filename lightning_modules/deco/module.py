@@ -23,6 +23,7 @@ from lightning_modules.deco.losses import (
 from lightning_modules.deco.network import DetectionNetwork, network_images
 from lightning_modules.deco.plus import DecoPlus
 from lightning_modules.deco.released import load_backbone, load_detector
+from lightning_modules.parts.contracts import HasNumClasses, datamodule_of, optional
 from lightning_modules.parts.inference import InferenceSpec
 from lightning_modules.parts.normalize import register_normalization
 
@@ -92,7 +93,8 @@ class DecoDetector(Method):
         Raises:
             MisconfigurationException: the data has more classes; names both numbers.
         """
-        found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        data = optional(datamodule_of(self.trainer), HasNumClasses)
+        found = None if data is None else data.num_classes
         if found is not None and found > self.num_classes:
             raise MisconfigurationException(
                 f"The data's labels go up to {found - 1}, but model.network.init_args.num_classes is "
