@@ -186,11 +186,13 @@ def export_onnx(
         )
     start = time.perf_counter()
     inputs = named_inputs(inputs)
+    batches = _batches(inputs, spec)
+    _check_free_sizes(network, batches)
     program = _traced(network, {name: repeat_to(tensor, 2) for name, tensor in inputs.items()}, opset, spec)
     large = state_dict_bytes(network) > PROTOBUF_LIMIT
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as directory:
         program.save(Path(directory) / path.name, external_data=large)
-        difference = max_abs_difference(network, Path(directory) / path.name, _batches(inputs, spec))
+        difference = max_abs_difference(network, Path(directory) / path.name, batches)
         if not difference <= tolerance:
             raise RuntimeError(
                 f"ONNXExport: the outputs of onnxruntime differ from torch's by up to {difference:.3g}, more "
@@ -221,6 +223,19 @@ def _batches(inputs: Mapping[str, Tensor], spec: InferenceSpec) -> list[tuple[Te
                 shorter[name] = shorter[name].narrow(axis, 0, max(1, tensor.shape[axis] // 2))
         batches.append(tuple(shorter.values()))
     return batches
+
+
+def _check_free_sizes(network: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> None:
+    """Refuse a size that was declared free and that the network itself cannot do without."""
+    for inputs in batches[3:]:
+        try:
+            network(*inputs)
+        except (RuntimeError, ValueError, IndexError) as error:
+            shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in inputs)
+            raise RuntimeError(
+                f"ONNXExport: {type(network).__name__} declares a size free, and fails on inputs of "
+                f"{shapes}: {error}"
+            ) from error
 
 
 def _traced(
