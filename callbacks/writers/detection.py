@@ -68,8 +68,8 @@ class DetectionWriter(PredictionWriter):
             shutil.rmtree(pictures(trainer), ignore_errors=True)
         super().on_predict_start(trainer, pl_module)
         model, data = optional(pl_module, HasNumClasses), optional(datamodule_of(trainer), HasClassNames)
-        count = (model and model.num_classes) or 0
-        known = (data and data.class_names) or ()
+        count = (0 if model is None else model.num_classes) or 0
+        known = (() if data is None else data.class_names) or ()
         # a data set may use fewer labels than the model has
         self._names = [*known, *(f"class {label}" for label in range(len(known), count))]
         if self.max_pictures != 0:

@@ -201,8 +201,8 @@ class FakeDetector(Method):
         data = datamodule_of(self.trainer)
         named, trained = optional(data, HasGeneratorNames), optional(data, HasSeenGenerators)
         found = self.rows["generator"].unique().tolist()
-        names = (named and named.generator_names) or [f"set_{place}" for place in found]
-        seen = set(trained.seen_generators if trained else ())
+        names = ([] if named is None else named.generator_names) or [f"set_{place}" for place in found]
+        seen = set(() if trained is None else trained.seen_generators)
         self.generator_scores = []
         for place in found:
             rows = self.rows["generator"] == place
