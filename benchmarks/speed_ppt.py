@@ -28,7 +28,7 @@ from common import (
 )
 from torch import Tensor, nn
 
-from callbacks.token_reduction import MergeSimilar, PruneOrPool, Reducer, VitShape, patch
+from callbacks.token_reduction import MergeSimilar, PruneOrPool, Reducer, VitShape, attach_reducers
 
 Rules = dict[int, Reducer]
 Times = dict[str, list[np.ndarray]]  # seconds of (CPU, wall) a call
@@ -58,7 +58,7 @@ def variants(shape: VitShape, blocks: list[int], r: int, policies: bool) -> dict
 def reduced(dense: nn.Module, rules: Rules) -> nn.Module:
     network = copy.deepcopy(dense)
     if rules:
-        patch(network, rules)
+        attach_reducers(network, rules)
     return network
 
 

@@ -13,6 +13,7 @@ from callbacks.distillation import (
     Criterion,
     DistillationTeacher,
     FitNet,
+    Teacher,
 )
 from callbacks.distillation.detection import DetectionTeacher
 from callbacks.measure.cka import CKAAnalysis
@@ -78,6 +79,7 @@ __all__ = [
     "RunCheckpoint",
     "ScoreWriter",
     "StageLogger",
+    "Teacher",
     "TextWriter",
     "ToMe",
     "TokenPruningPooling",

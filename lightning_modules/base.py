@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_modules.parts.contracts import HasRoot, datamodule_of, optional
 from lightning_modules.parts.finite import FiniteGuard, verify_outputs
 from lightning_modules.parts.reproducibility import seed_step
 from lightning_modules.parts.schedules import WarmupSchedule
@@ -128,10 +129,11 @@ class Method(LightningModule):
         self._finite.verify()
 
     def _data_source(self) -> str:
-        datamodule = getattr(self.trainer, "datamodule", None)
+        datamodule = datamodule_of(self.trainer)
         if datamodule is None:
             return "the given data loader"
-        return f"{type(datamodule).__name__} ({getattr(datamodule, 'root', 'no root')})"
+        data = optional(datamodule, HasRoot)
+        return f"{type(datamodule).__name__} ({'no root' if data is None else data.root})"
 
     # Evaluation
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.base import Method, Terms
+from lightning_modules.parts.contracts import HasNumClasses, datamodule_of, optional
 from lightning_modules.parts.inference import CLASSIFIER
 from lightning_modules.parts.normalize import normalized, register_normalization, restored, trained_statistics
 from lightning_modules.parts.weights import build_network
@@ -101,7 +102,8 @@ class ImageClassifier(Method):
         """
         if stage == "predict":
             return  # pictures to predict on have no classes of their own
-        found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        data = optional(datamodule_of(self.trainer), HasNumClasses)
+        found = None if data is None else data.num_classes
         if found is not None and found != self.num_classes:
             raise MisconfigurationException(
                 f"The data has {found} classes, but model.num_classes is {self.num_classes}."

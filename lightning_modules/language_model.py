@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_modules.base import Method, Terms
+from lightning_modules.parts.contracts import HasSequenceLength, datamodule_of, optional
 from lightning_modules.parts.frozen import evaluating
 from lightning_modules.parts.inference import InferenceSpec
 
@@ -285,7 +286,8 @@ class CausalLanguageModel(Method):
             MisconfigurationException: they are longer; names both numbers.
         """
         self.load()
-        length = getattr(getattr(self.trainer, "datamodule", None), "seq_len", None)
+        data = optional(datamodule_of(self.trainer), HasSequenceLength)
+        length = None if data is None else data.seq_len
         limit = positions_of(self.network)
         if isinstance(length, int) and limit is not None and length > limit:
             raise MisconfigurationException(

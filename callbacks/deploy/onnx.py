@@ -189,13 +189,15 @@ def export_onnx(
         )
     start = time.perf_counter()
     inputs = named_inputs(inputs)
+    batches = _batches(inputs, spec)
+    _check_free_sizes(network, batches)
     program = _traced(network, {name: repeat_to(tensor, 2) for name, tensor in inputs.items()}, opset, spec)
     large = state_dict_bytes(network) > PROTOBUF_LIMIT
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as directory:
         # weights beside the graph get a name of their own: an older pair stays whole until the new one is
         unfinished = Path(directory) / f"{path.stem}-{secrets.token_hex(4)}.onnx"
         program.save(unfinished, external_data=large)
-        difference = max_abs_difference(network, unfinished, _batches(inputs, spec))
+        difference = max_abs_difference(network, unfinished, batches)
         if not difference <= tolerance:
             raise RuntimeError(
                 f"ONNXExport: the outputs of onnxruntime differ from torch's by up to {difference:.3g}, more "
@@ -242,6 +244,19 @@ def _batches(inputs: Mapping[str, Tensor], spec: InferenceSpec) -> list[tuple[Te
                 shorter[name] = shorter[name].narrow(axis, 0, max(1, tensor.shape[axis] // 2))
         batches.append(tuple(shorter.values()))
     return batches
+
+
+def _check_free_sizes(network: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> None:
+    """Refuse a size that was declared free and that the network itself cannot do without."""
+    for inputs in batches[3:]:
+        try:
+            network(*inputs)
+        except (RuntimeError, ValueError, IndexError) as error:
+            shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in inputs)
+            raise RuntimeError(
+                f"ONNXExport: {type(network).__name__} declares a size free, and fails on inputs of "
+                f"{shapes}: {error}"
+            ) from error
 
 
 def _traced(

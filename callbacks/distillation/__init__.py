@@ -1,5 +1,6 @@
-"""Distillation: one teacher callback, and a criterion class for each method."""
+"""Distillation: `Teacher` and its children, and a criterion class for each method."""
 
+from callbacks.distillation.base import FrozenTeacher, Teacher
 from callbacks.distillation.crd import CRD
 from callbacks.distillation.criterion import Criterion
 from callbacks.distillation.fitnet import FitNet
@@ -20,4 +21,6 @@ __all__ = [
     "Criterion",
     "DistillationTeacher",
     "FitNet",
+    "FrozenTeacher",
+    "Teacher",
 ]

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
@@ -16,7 +15,17 @@ from callbacks.distillation.frozen_teacher import ClassifierTeacher, build_teach
 from callbacks.distillation.ofa import OFA
 from callbacks.distillation.taps import FeatureShapes, NetworkTaps
 from lightning_modules.base import Method
+from lightning_modules.parts.contracts import (
+    HasDatasets,
+    HasImageSize,
+    HasIndices,
+    HasLabels,
+    HasTargets,
+    datamodule_of,
+    optional,
+)
 from lightning_modules.parts.frozen import evaluating
+from lightning_modules.parts.inference import image_network
 
 
 class DistillationTeacher(Teacher):
@@ -89,13 +98,7 @@ class DistillationTeacher(Teacher):
 
     def student(self, module: LightningModule) -> nn.Module:
         """The module's classifier."""
-        network = getattr(module, "network", None)
-        if not isinstance(network, nn.Module) or not hasattr(module, "normalize"):
-            raise MisconfigurationException(
-                f"DistillationTeacher distils into classifiers: {type(module).__name__} has no `network` and "
-                "`normalize`, as ImageClassifier has."
-            )
-        return network
+        return image_network(module, "DistillationTeacher distils into classifiers")
 
     def build_teacher(self, module: LightningModule) -> ClassifierTeacher:
         """The teacher of timm, of a file or of the user."""
@@ -255,10 +258,9 @@ def _image_size(trainer: Trainer, student: nn.Module) -> int:
     Raises:
         ValueError: nobody knows.
     """
-    datamodule = getattr(trainer, "datamodule", None)
+    data = optional(datamodule_of(trainer), HasImageSize)
     candidates = (
-        getattr(datamodule, "image_size", None),
-        getattr(getattr(datamodule, "transforms", None), "image_size", None),
+        None if data is None else data.image_size,
         _fixed_size(student),
         (getattr(student, "pretrained_cfg", None) or {}).get("input_size"),
     )
@@ -298,17 +300,20 @@ def _dry_run(network: nn.Module, taps: NetworkTaps, size: int) -> FeatureShapes:
 
 def _training_set(trainer: Trainer) -> TrainingSet:
     """Size and labels of the data module's training set, as far as they are known."""
-    datamodule = getattr(trainer, "datamodule", None)
+    datamodule = datamodule_of(trainer)
     if datamodule is None:
         return TrainingSet()
-    dataset = getattr(datamodule, "datasets", {}).get("train")
+    data = optional(datamodule, HasDatasets)
+    dataset = None if data is None else data.datasets.get("train")
     if dataset is None:
         dataset = getattr(datamodule.train_dataloader(), "dataset", None)
     if dataset is None or not hasattr(dataset, "__len__"):
         return TrainingSet()
-    labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
-    if labels is not None and len(labels) != len(dataset) and hasattr(dataset, "indices"):
-        labels = torch.as_tensor(labels)[torch.as_tensor(dataset.indices)]
+    labelled, targeted = optional(dataset, HasLabels), optional(dataset, HasTargets)
+    labels = labelled.labels if labelled is not None else None if targeted is None else targeted.targets
+    chosen = optional(dataset, HasIndices)
+    if labels is not None and len(labels) != len(dataset) and chosen is not None:
+        labels = torch.as_tensor(labels)[torch.as_tensor(chosen.indices)]
     if labels is None or len(labels) != len(dataset):
         return TrainingSet(len(dataset))
     return TrainingSet(len(dataset), torch.as_tensor(labels, dtype=torch.int64))

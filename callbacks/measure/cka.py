@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,6 +15,7 @@ from callbacks.distillation.frozen_teacher import build_teacher
 from callbacks.run.directory import replaced_atomically, run_directory
 from callbacks.run.escaping import cells
 from lightning_modules.parts.frozen import FrozenNetwork
+from lightning_modules.parts.inference import image_network
 from lightning_modules.parts.normalize import knows_statistics, normalized, trained_statistics
 from lightning_modules.parts.taps import FeatureTaps
 
@@ -70,12 +70,7 @@ class CKAAnalysis(Callback):
         """
         if trainer.state.fn != TrainerFn.VALIDATING:
             return
-        own = getattr(pl_module, "network", None)
-        if not isinstance(own, nn.Module) or not hasattr(pl_module, "normalize"):
-            raise MisconfigurationException(
-                f"CKAAnalysis compares image networks: {type(pl_module).__name__} has no `network` and "
-                "`normalize`, as ImageClassifier has."
-            )
+        own = image_network(pl_module, "CKAAnalysis compares image networks")
         classes = int(pl_module.num_classes)  # type: ignore[arg-type]
         network, label = build_teacher(
             self.network, self.weights, self.network_args, classes, type(self).__name__

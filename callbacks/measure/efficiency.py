@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from callbacks.measure.macs import count_macs
 from callbacks.measure.timing import Budget, BudgetBar, time_calls
 from callbacks.run.device import device_name
+from lightning_modules.parts.contracts import HasWeightBits, optional
 from lightning_modules.parts.frozen import evaluating
 from lightning_modules.parts.inference import (
     InferencePath,
@@ -228,7 +229,8 @@ def size_of(module: LightningModule) -> dict[str, Any]:
 
 
 def _bits(layer: nn.Module, weight: Tensor) -> float:
-    declared = getattr(layer, "weight_bits", None)
+    quantized = optional(layer, HasWeightBits)
+    declared = None if quantized is None else quantized.weight_bits
     return float(declared) if isinstance(declared, (int, float)) else 8.0 * weight.element_size()
 
 

@@ -15,6 +15,7 @@ from callbacks.run.directory import announce, replaced_atomically, run_directory
 from callbacks.run.escaping import cells, plotted
 from lightning_modules.gendet.detector import FakeDetector
 from lightning_modules.gendet.evaluation import GeneratorScore, unweighted_mean
+from lightning_modules.parts.contracts import HasPrintedNames, datamodule_of, optional
 
 COLUMNS = (
     "generator",
@@ -94,7 +95,8 @@ class GeneratorReport(Callback):
             announce(trainer, f"histograms of real and fake in {folder / 'discrepancy.png'}")
 
     def _printed(self, trainer: Trainer) -> Mapping[str, str]:
-        return getattr(getattr(trainer, "datamodule", None), "printed_names", None) or {}
+        data = optional(datamodule_of(trainer), HasPrintedNames)
+        return {} if data is None else data.printed_names
 
     def results(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Every test set's numbers, shares in 0..1."""

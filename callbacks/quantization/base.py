@@ -27,6 +27,7 @@ from lightning_modules.language_model import (
     positions_of,
     token_nll,
 )
+from lightning_modules.parts.contracts import HasCalibrationSegments, datamodule_of, require
 from lightning_modules.parts.options import OptionError, options_of
 from lightning_modules.parts.strategies import is_sharded
 
@@ -214,13 +215,8 @@ class QuantizationCallback(Callback, ABC):
         Raises:
             MisconfigurationException: the data has none.
         """
-        provide = getattr(getattr(trainer, "datamodule", None), "calibration_segments", None)
-        if provide is None:
-            raise MisconfigurationException(
-                f"{type(self).__name__} calibrates: the data module needs `calibration_segments()`, as "
-                "TextDataModule has."
-            )
-        segments = provide()
+        data = require(datamodule_of(trainer), HasCalibrationSegments, f"{type(self).__name__}'s calibration")
+        segments = data.calibration_segments()
         model = self._model(trainer.lightning_module)
         check_ids(segments, model.network, model.tokenizer_name)
         limit = positions_of(model.network)

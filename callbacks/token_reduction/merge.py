@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from callbacks.token_reduction.matching import Plan
+from callbacks.token_reduction.pairing import Plan
 
 
 def take(x: Tensor, positions: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def merge(x: Tensor, size: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     Args:
         x: (batch, tokens, channels).
         size: (batch, tokens) input patches that each token stands for.
-        plan: of `matching`; dropped tokens lose their size.
+        plan: of `pairing`; dropped tokens lose their size.
 
     Returns:
         x (batch, kept, channels) and size (batch, kept). Differentiable in `x`.
@@ -53,7 +53,7 @@ def merge_sources(sources: Tensor, plan: Plan) -> Tensor:
 
     Args:
         sources: (batch, tokens, input tokens) uint8, 0 or 1; the rows of an image are disjoint.
-        plan: of `matching`.
+        plan: of `pairing`.
 
     Returns:
         (batch, kept, input tokens) uint8.

@@ -1,4 +1,4 @@
-"""The patched forms of timm's classes: token sizes travel with the tokens from block to block (spec 6.6)."""
+"""The reduced forms of timm's classes: token sizes travel with the tokens from block to block (spec 6.6)."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,7 +21,7 @@ NO_CHECKPOINTING = (
 
 @dataclass(frozen=True)
 class Reduction:
-    """What a network was patched with.
+    """What a network was given.
 
     Attributes:
         reducers: `{block index: what the block does}`.
@@ -69,7 +69,7 @@ class ReducedTransformer(VisionTransformer):
         """Refused: the maps that it returns need a token for every patch."""
         raise NotImplementedError(
             "forward_intermediates and features_only need a token for every patch in every block, and token "
-            "reduction removes some. Take features from the unpatched network."
+            "reduction removes some. Take features from the network without it."
         )
 
     def _token_state(self) -> TokenState:

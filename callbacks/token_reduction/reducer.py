@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from callbacks.token_reduction.matching import Plan, match, removable
 from callbacks.token_reduction.merge import merge, merge_sources, take
+from callbacks.token_reduction.pairing import Plan, pair_tokens, removable
 from callbacks.token_reduction.score import at_least_float32
 from callbacks.token_reduction.state import Evidence, TokenState
 
@@ -83,7 +83,7 @@ class PlannedReducer(Reducer):
 def pair_similar(evidence: Evidence, removed: int, prefix: int) -> Plan:
     """Pair the tokens whose keys, averaged over the heads, point the same way."""
     keys = evidence.keys
-    return match(keys.mean(dim=1, dtype=at_least_float32(keys.dtype)), removed, prefix)
+    return pair_tokens(keys.mean(dim=1, dtype=at_least_float32(keys.dtype)), removed, prefix)
 
 
 def check_count(name: str, value: int) -> None:

@@ -14,6 +14,7 @@ from callbacks.run.directory import announce, replaced_atomically, run_directory
 from callbacks.run.escaping import cells, printable
 from callbacks.writers.base import PredictionWriter
 from callbacks.writers.drawing import INK, WRONG, contact_sheet, fit_into, to_pil
+from lightning_modules.parts.contracts import HasClassNames, datamodule_of, optional
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -175,11 +176,10 @@ def class_names(trainer: Trainer, module: LightningModule, count: int) -> Sequen
     Raises:
         MisconfigurationException: the names are of another number of classes.
     """
-    datamodule = getattr(trainer, "datamodule", None)
-    for owner in (datamodule, module):
-        names = None
+    for owner in (datamodule_of(trainer), module):
+        names, named = None, optional(owner, HasClassNames)
         with contextlib.suppress(MisconfigurationException):  # how a data module says that it has none
-            names = getattr(owner, "class_names", None)
+            names = None if named is None else named.class_names
         if names:
             if len(names) != count:
                 raise MisconfigurationException(

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -14,19 +14,19 @@ from lightning.pytorch import LightningModule, Trainer
 from callbacks.run.directory import announce, replaced_atomically, run_directory
 from callbacks.writers.base import PredictionWriter
 from callbacks.writers.drawing import open_picture, shortened
+from lightning_modules.parts.contracts import (
+    HasCategoryIds,
+    HasClassNames,
+    HasNumClasses,
+    HasPredictedEntries,
+    datamodule_of,
+    optional,
+)
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
 NEEDED = ("scores", "labels", "boxes", "image_id", "index", "path")
-
-
-@runtime_checkable
-class PredictedImages(Protocol):
-    """Data that knows the images that it is predicted on."""
-
-    def predicted_entry(self, index: int) -> dict[str, Any]:
-        """`image_id` and `file_name`, as the annotation file writes them."""
 
 
 class DetectionWriter(PredictionWriter):
@@ -70,8 +70,9 @@ class DetectionWriter(PredictionWriter):
         if trainer.is_global_zero:
             shutil.rmtree(pictures(trainer), ignore_errors=True)
         super().on_predict_start(trainer, pl_module)
-        count = getattr(pl_module, "num_classes", 0)
-        known = getattr(getattr(trainer, "datamodule", None), "class_names", None) or ()
+        model, data = optional(pl_module, HasNumClasses), optional(datamodule_of(trainer), HasClassNames)
+        count = (0 if model is None else model.num_classes) or 0
+        known = (() if data is None else data.class_names) or ()
         # a data set may use fewer labels than the model has
         self._names = [*known, *(f"class {label}" for label in range(len(known), count))]
         if self.max_pictures != 0:
@@ -105,15 +106,16 @@ class DetectionWriter(PredictionWriter):
 
     def write(self, trainer: Trainer, module: LightningModule, rows: Iterator[dict[str, Any]]) -> None:
         """The JSON, one detection a line."""
-        data = getattr(trainer, "datamodule", None)
-        ids = getattr(data, "category_ids", None) or ()
+        data = datamodule_of(trainer)
+        numbered, named = optional(data, HasCategoryIds), optional(data, HasPredictedEntries)
+        ids = numbered.category_ids if numbered is not None else ()
         path = run_directory(trainer) / "detections.json"
         images = count = nameless = 0
         with replaced_atomically(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             file.write("[")
             for row in rows:
                 images += 1
-                known = data.predicted_entry(row["index"]) if isinstance(data, PredictedImages) else row
+                known = row if named is None else named.predicted_entry(row["index"])
                 for *bbox, score, label in row["detections"]:
                     category = ids[label] if label < len(ids) else label
                     if category == -1:

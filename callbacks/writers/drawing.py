@@ -4,10 +4,12 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 from torch import Tensor
+
+from lightning_modules.parts.contracts import HasPictures, datamodule_of, optional
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
@@ -18,21 +20,12 @@ WRONG = "#c62828"
 MARGIN = 8
 
 
-@runtime_checkable
-class PictureReader(Protocol):
-    """A data module that reads the pictures it predicts on: upright, and deep ones as their 8-bit twins."""
-
-    def picture(self, path: Path | str, index: int | None = None) -> "Image.Image":
-        """RGB; the coordinates of a prediction of sample `index` are pixels of it."""
-        ...
-
-
 def open_picture(trainer: Trainer, path: Path | str, index: int | None = None) -> "Image.Image":
     """The picture of a prediction as the data module read it; upright where it does not say how."""
     from PIL import Image, ImageOps
 
-    data = getattr(trainer, "datamodule", None)
-    if isinstance(data, PictureReader):
+    data = optional(datamodule_of(trainer), HasPictures)
+    if data is not None:
         return data.picture(path, index)
     with Image.open(path) as picture:
         return ImageOps.exif_transpose(picture).convert("RGB")

@@ -12,6 +12,7 @@ from torch import Tensor
 from callbacks.run.directory import announce, replaced_atomically, run_directory
 from callbacks.run.escaping import json_text
 from callbacks.writers.base import PredictionWriter
+from lightning_modules.parts.contracts import HasTokenizer, optional
 
 
 class TextWriter(PredictionWriter):
@@ -46,7 +47,8 @@ class TextWriter(PredictionWriter):
         Raises:
             MisconfigurationException: `predict_step` returned no `log_likelihood`, or there is no tokenizer.
         """
-        tokenizer = getattr(module, "tokenizer", None)
+        model = optional(module, HasTokenizer)
+        tokenizer = None if model is None else model.tokenizer
         if not isinstance(outputs, dict) or "log_likelihood" not in outputs or tokenizer is None:
             raise MisconfigurationException(
                 f"TextWriter writes what a CausalLanguageModel predicts; {type(module).__name__} is none."

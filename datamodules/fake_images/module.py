@@ -217,6 +217,11 @@ class FakeImagesDataModule(DataModule):
             if name in wanted
         }
 
+    @property
+    def image_size(self) -> int:
+        """Height and width of what the network sees, pixels."""
+        return self.transforms.image_size
+
     # data sets
 
     def _open(self, split: Split, sets: dict[str, Pair]) -> Dataset[Any]:

@@ -24,6 +24,7 @@ from lightning_modules.deco.names import compare_class_counts, recall_names, rem
 from lightning_modules.deco.network import DetectionNetwork, network_images
 from lightning_modules.deco.plus import DecoPlus
 from lightning_modules.deco.released import load_backbone, load_detector
+from lightning_modules.parts.contracts import datamodule_of
 from lightning_modules.parts.inference import InferenceSpec
 from lightning_modules.parts.normalize import register_normalization
 
@@ -94,7 +95,7 @@ class DecoDetector(Method):
         Raises:
             MisconfigurationException: the data has more classes; names both numbers.
         """
-        compare_class_counts(getattr(self.trainer, "datamodule", None), self.num_classes, stage)
+        compare_class_counts(datamodule_of(self.trainer), self.num_classes, stage)
 
     # Inference
 
@@ -199,13 +200,13 @@ class DecoDetector(Method):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the class names, too."""
         super().on_save_checkpoint(checkpoint)
-        remember_names(checkpoint, getattr(self.trainer, "datamodule", None))
+        remember_names(checkpoint, datamodule_of(self.trainer))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Have the data number its labels by the class names that the weights were trained with."""
         super().on_load_checkpoint(checkpoint)
         if self._trainer is not None:
-            recall_names(checkpoint, getattr(self.trainer, "datamodule", None))
+            recall_names(checkpoint, datamodule_of(self.trainer))
 
     # Deployment
 

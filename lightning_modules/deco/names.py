@@ -4,6 +4,8 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.parts.contracts import HasClassNames, HasNamedLabels, HasNumClasses, optional
+
 
 def compare_class_counts(data: Any, num_classes: int, stage: str) -> None:
     """Make sure that a detector has an output for each label of the data.
@@ -11,8 +13,9 @@ def compare_class_counts(data: Any, num_classes: int, stage: str) -> None:
     Raises:
         MisconfigurationException: the data has more classes; names both numbers.
     """
+    described = optional(data, HasNumClasses)
     try:
-        found = getattr(data, "num_classes", None)
+        found = None if described is None else described.num_classes
     except FileNotFoundError:
         if stage != "predict":  # on a folder, where the names of a checkpoint will do
             raise
@@ -26,13 +29,14 @@ def compare_class_counts(data: Any, num_classes: int, stage: str) -> None:
 
 def remember_names(checkpoint: dict[str, Any], data: Any) -> None:
     """Put the data's class names into a checkpoint that is saved, if it has any."""
-    names = getattr(data, "class_names", None)
+    named = optional(data, HasClassNames)
+    names = None if named is None else named.class_names
     if names is not None:
         checkpoint["class_names"] = list(names)
 
 
 def recall_names(checkpoint: dict[str, Any], data: Any) -> None:
     """Have the data number its labels as the checkpoint's names do, if both know of names."""
-    names, use = checkpoint.get("class_names"), getattr(data, "use_class_names", None)
-    if names is not None and use is not None:
-        use(names)
+    names, numbered = checkpoint.get("class_names"), optional(data, HasNamedLabels)
+    if names is not None and numbered is not None:
+        numbered.use_class_names(names)

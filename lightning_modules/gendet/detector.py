@@ -15,6 +15,14 @@ from lightning_modules.gendet.evaluation import (
     score_generator,
     unweighted_mean,
 )
+from lightning_modules.parts.contracts import (
+    HasFeatureCache,
+    HasFeatureStatistics,
+    HasGeneratorNames,
+    HasSeenGenerators,
+    datamodule_of,
+    optional,
+)
 from lightning_modules.parts.encoder import ImageEncoder
 from lightning_modules.parts.inference import CLASSIFIER
 from lightning_modules.parts.weights import load_weights, read_checkpoint
@@ -114,8 +122,8 @@ class FakeDetector(Method):
         Raises:
             MisconfigurationException: the data module caches features, and there is no encoder.
         """
-        cache = getattr(getattr(self.trainer, "datamodule", None), "cache", None)
-        if self.encoder is None and cache is not None:
+        data = optional(datamodule_of(self.trainer), HasFeatureCache)
+        if self.encoder is None and data is not None and data.cache is not None:
             raise MisconfigurationException(
                 f"{type(self).__name__} reads images: set data.init_args.cache to null."
             )
@@ -128,7 +136,8 @@ class FakeDetector(Method):
         """
         if not self.standardize:
             return
-        statistics = getattr(getattr(self.trainer, "datamodule", None), "feature_statistics", lambda: None)()
+        data = optional(datamodule_of(self.trainer), HasFeatureStatistics)
+        statistics = None if data is None else data.feature_statistics()
         if statistics is None:
             raise MisconfigurationException("standardize: true needs cached features: set data's `cache`.")
         mean, std = (values.to(self.device) for values in statistics)
@@ -191,10 +200,11 @@ class FakeDetector(Method):
         self._report("test")
 
     def _report(self, stage: str) -> None:
-        datamodule = getattr(self.trainer, "datamodule", None)
+        data = datamodule_of(self.trainer)
+        named, trained = optional(data, HasGeneratorNames), optional(data, HasSeenGenerators)
         found = self.rows["generator"].unique().tolist()
-        names = getattr(datamodule, "generator_names", None) or [f"set_{place}" for place in found]
-        seen = set(getattr(datamodule, "seen_generators", ()))
+        names = ([] if named is None else named.generator_names) or [f"set_{place}" for place in found]
+        seen = set(() if trained is None else trained.seen_generators)
         self.generator_scores = []
         for place in found:
             rows = self.rows["generator"] == place

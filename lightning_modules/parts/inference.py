@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+
+from lightning_modules.parts.contracts import (
+    HasInference,
+    HasInferenceInputs,
+    HasNetwork,
+    HasNormalize,
+    offers,
+    optional,
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,8 @@ class InferencePath(nn.Module):
     def __init__(self, module: LightningModule) -> None:
         super().__init__()
         self.network = student_of(module)
-        self._normalize = getattr(module, "normalize", None) if self.network is not module else None
+        owner = optional(module, HasNormalize) if self.network is not module else None
+        self._normalize = None if owner is None else owner.normalize
         self._arguments = dict(spec_of(module).arguments) if self.network is not module else {}
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -75,8 +86,22 @@ class InferencePath(nn.Module):
 
 def student_of(module: LightningModule) -> nn.Module:
     """What is deployed of a module: its `network`, or itself where it has none."""
-    network = getattr(module, "network", None)
-    return network if isinstance(network, nn.Module) else module
+    owner = optional(module, HasNetwork)
+    return owner.network if owner is not None and isinstance(owner.network, nn.Module) else module
+
+
+def image_network(module: LightningModule, purpose: str) -> nn.Module:
+    """The `network` of a module that normalises images for it.
+
+    Raises:
+        MisconfigurationException: it has none, or no `normalize`.
+    """
+    if not offers(module, HasNormalize) or student_of(module) is module:
+        raise MisconfigurationException(
+            f"{purpose}: {type(module).__name__} has no `network` and `normalize` (HasNetwork, "
+            "HasNormalize), as ImageClassifier has."
+        )
+    return student_of(module)
 
 
 def inputs_of(module: nn.Module, batch: Any) -> dict[str, Tensor] | None:
@@ -85,8 +110,8 @@ def inputs_of(module: nn.Module, batch: Any) -> dict[str, Tensor] | None:
     A module whose network takes something else than `image` or `input_ids` says so in a method
     `inference_inputs(batch) -> {name: tensor}`; names of a tuple are `input_0`, `input_1` and so on.
     """
-    if callable(declared := getattr(module, "inference_inputs", None)):
-        return named_inputs(declared(batch))
+    if (declares := optional(module, HasInferenceInputs)) is not None:
+        return named_inputs(declares.inference_inputs(batch))
     if isinstance(batch, Mapping):
         for key, (name, _) in _KNOWN.items():
             if isinstance(batch.get(key), Tensor):
@@ -96,9 +121,9 @@ def inputs_of(module: nn.Module, batch: Any) -> dict[str, Tensor] | None:
 
 def spec_of(module: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> InferenceSpec:
     """What a module declares in its `inference`; else what the names of its inputs tell."""
-    declared = getattr(module, "inference", None)
-    if isinstance(declared, InferenceSpec):
-        return declared
+    declares = optional(module, HasInference)
+    if declares is not None and isinstance(declares.inference, InferenceSpec):
+        return declares.inference
     first = next(iter(inputs or {}), None)
     return next((spec for name, spec in _KNOWN.values() if name == first), InferenceSpec())
 

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from callbacks.token_reduction import KeepAttentive, PruneOrPool, patch, record_tokens
+from callbacks.token_reduction import KeepAttentive, PruneOrPool, attach_reducers, record_tokens
 
 
 @pytest.fixture
 def network(make_vit):
     network = make_vit(depth=2)
-    patch(network, {0: PruneOrPool(4, 0.025), 1: KeepAttentive(r=2)})
+    attach_reducers(network, {0: PruneOrPool(4, 0.025), 1: KeepAttentive(r=2)})
     return network
 
 
@@ -28,7 +28,7 @@ def test_compiles_as_one_graph(network, images):
 
 def test_split_compiles_too(make_vit, images):
     network = make_vit(depth=2)
-    patch(network, {1: PruneOrPool(4, 0.022, dispatch="split")})
+    attach_reducers(network, {1: PruneOrPool(4, 0.022, dispatch="split")})
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images), network(images), rtol=0, atol=1e-6)
 

@@ -9,10 +9,10 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from callbacks.token_reduction import PruneOrPool, VitShape, patch, record_tokens
-from callbacks.token_reduction.matching import Plan, match, prune, removable
+from callbacks.token_reduction import PruneOrPool, VitShape, attach_reducers, record_tokens
 from callbacks.token_reduction.merge import merge, merge_sources
 from callbacks.token_reduction.network import CompressingBlock
+from callbacks.token_reduction.pairing import Plan, pair_tokens, prune, removable
 from callbacks.token_reduction.score import dispersion, significance
 from callbacks.token_reduction.state import TokenState
 
@@ -51,7 +51,7 @@ def test_match(golden, filling, index):
     tag, prefix, tokens = case["tag"], case["prefix"], case["tokens"]
     metric = filling.inputs(tag + ".metric", (case["B"], tokens, case["metric_dim"]))
     x = filling.inputs(tag + ".x", (case["B"], tokens, case["channels"]))
-    plan = match(metric, removable(tokens, prefix, case["r"]), prefix)
+    plan = pair_tokens(metric, removable(tokens, prefix, case["r"]), prefix)
     out, size = merge(x, sizes_of(filling, case), plan)
     check_sample(out, case["out"])
     close(out.mean(dim=-1), torch.tensor(case["token_mean"]))
@@ -119,7 +119,7 @@ def test_network(golden, filling, group, index):
     case = golden[group][index]
     network = network_of(case["model"], filling)
     rules = {block: PruneOrPool(case["r"], case["threshold"]) for block in case["compress_blocks"]}
-    patch(network, rules, case["proportional_attention"])
+    attach_reducers(network, rules, case["proportional_attention"])
     with torch.inference_mode(), record_tokens(network) as records:
         logits = network(filling.inputs(case["input_label"], tuple(case["input_shape"])))
     (record,) = records.passes

@@ -4,7 +4,14 @@ import torch
 from timm.layers.attention import Attention
 
 from callbacks.measure.macs import count_macs
-from callbacks.token_reduction import KeepAttentive, MergeSimilar, PruneOrPool, VitShape, patch, smallest_r
+from callbacks.token_reduction import (
+    KeepAttentive,
+    MergeSimilar,
+    PruneOrPool,
+    VitShape,
+    attach_reducers,
+    smallest_r,
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,7 @@ def test_attention_narrower_than_the_network(make_vit):
 def test_reduced_formula_leaves_only_scores_and_matching_out(make_vit, rule):
     network = make_vit()
     expected = VitShape.of(network).macs({1: rule, 3: rule})
-    patch(network, {1: rule, 3: rule})
+    attach_reducers(network, {1: rule, 3: rule})
     counted = count_macs(network, torch.randn(1, 3, 32, 32)).total
     assert expected <= counted <= expected + 2 * 8 * 8 * 16  # all pairs, in two blocks
 

@@ -1,12 +1,12 @@
 import torch
 
-from callbacks.token_reduction.matching import Plan, choose, match, prune
 from callbacks.token_reduction.merge import merge, merge_sources, take
+from callbacks.token_reduction.pairing import Plan, choose, pair_tokens, prune
 
 
 def mixed_plan(batch=3):
     pooled = torch.tensor([True, False, True])[:batch]
-    return choose(pooled, prune(torch.rand(batch, 8), 5, 1), match(torch.randn(batch, 9, 4), 3, 1))
+    return choose(pooled, prune(torch.rand(batch, 8), 5, 1), pair_tokens(torch.randn(batch, 9, 4), 3, 1))
 
 
 def loop_merge(x, size, plan):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from callbacks.token_reduction import MergeSimilar, PruneOrPool, patch, record_tokens
+from callbacks.token_reduction import MergeSimilar, PruneOrPool, attach_reducers, record_tokens
 from callbacks.token_reduction.state import Evidence, TokenState
 
 
@@ -139,14 +139,14 @@ def test_always_pooling_is_tome(make_vit, images):
         {block: MergeSimilar(r) for block, r in blocks.items()},
     ):
         network = make_vit()
-        patch(network, rules)
+        attach_reducers(network, rules)
         logits.append(network(images))
     assert logits[0].equal(logits[1])
 
 
 def test_pruning_alone_needs_no_sizes(make_vit, images):
     network = make_vit()
-    patch(network, {1: PruneOrPool(4, policy="prune"), 3: PruneOrPool(4, policy="prune")})
+    attach_reducers(network, {1: PruneOrPool(4, policy="prune"), 3: PruneOrPool(4, policy="prune")})
     with record_tokens(network) as records:
         network(images)
     assert records.passes[0][3].size is None

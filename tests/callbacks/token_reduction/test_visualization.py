@@ -1,6 +1,6 @@
 import torch
 
-from callbacks.token_reduction import MergeSimilar, PruneOrPool, patch, record_tokens
+from callbacks.token_reduction import MergeSimilar, PruneOrPool, attach_reducers, record_tokens
 from callbacks.token_reduction.visualization import draw_layers, paint_groups, patch_groups
 
 
@@ -28,7 +28,7 @@ def test_small_images_are_enlarged():
 
 def test_one_panel_a_layer(make_vit, images):
     network = make_vit()
-    patch(network, {0: MergeSimilar(3), 1: PruneOrPool(5, policy="prune")})
+    attach_reducers(network, {0: MergeSimilar(3), 1: PruneOrPool(5, policy="prune")})
     with record_tokens(network, trace=True) as records:
         network(images)
     sheet = draw_layers(images[0].sigmoid(), records.passes[0], 0, (4, 4), prefix=1)

@@ -47,7 +47,7 @@ def prune(scores: Tensor, keep: int, prefix: int) -> Tensor:
     return torch.cat([_positions(0, prefix, 1, order), order], dim=1)
 
 
-def match(metric: Tensor, r: int, prefix: int) -> Plan:
+def pair_tokens(metric: Tensor, r: int, prefix: int) -> Plan:
     """Bipartite soft matching (ToMe, arXiv 2210.09461, section 3): the r most similar pairs are to be merged.
 
     The patch tokens at even positions each choose the most similar patch token at an odd position (cosine,
@@ -90,7 +90,7 @@ def choose(pooled: Tensor, pruning: Tensor, pooling: Plan) -> Plan:
     Args:
         pooled: (batch,) bool.
         pruning: (batch, kept) of `prune`.
-        pooling: plan of `match`.
+        pooling: plan of `pair_tokens`.
     """
     mark = pooled.unsqueeze(1)
     return Plan(torch.where(mark, pooling.kept, pruning), pooling.merged, pooling.into, mark)

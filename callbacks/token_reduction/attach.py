@@ -24,20 +24,20 @@ from callbacks.token_reduction.reducer import Reducer
 from callbacks.token_reduction.state import TokenRecords
 
 
-def patch(
+def attach_reducers(
     network: VisionTransformer, reducers: Mapping[int, Reducer], proportional_attention: bool = True
 ) -> ReducedTransformer:
     """Make `network` remove tokens in the given blocks, in place, without a parameter or buffer of its own.
 
     Example:
         >>> network = timm.create_model("deit_small_patch16_224")
-        >>> patch(network, {block: PruneOrPool(r=50) for block in (3, 6, 9)})
+        >>> attach_reducers(network, {block: PruneOrPool(r=50) for block in (3, 6, 9)})
         >>> logits = network(images)
-        >>> unpatch(network)
+        >>> detach_reducers(network)
 
     Args:
-        network: a plain, distilled or register-token ViT of timm 1.0. Patching it again with the same
-            settings does nothing.
+        network: a plain, distilled or register-token ViT of timm 1.0. Attaching again with the same settings
+            does nothing.
         reducers: `{block index: Reducer}`, counted from 0.
         proportional_attention: add log(size) to the attention logits of the blocks after a merge.
 
@@ -46,7 +46,7 @@ def patch(
 
     Raises:
         ValueError: an index outside of the network, a part of the network that token reduction does not
-            know, or other settings than those that it is patched with already.
+            know, or other settings than those that it has already.
     """
     reduction = Reduction(dict(reducers), proportional_attention)
     if isinstance(network, ReducedTransformer):
@@ -66,10 +66,10 @@ def patch(
     return cast(ReducedTransformer, network)
 
 
-def unpatch(network: VisionTransformer) -> None:
-    """Undo `patch`, bit for bit.
+def detach_reducers(network: VisionTransformer) -> None:
+    """Undo `attach_reducers`, bit for bit.
 
-    A network that is not patched is left alone, and so is one that `fully_shard` has given classes of its
+    A network without reducers is left alone, and so is one that `fully_shard` has given classes of its
     own.
     """
     if type(network) not in _REDUCED.values():
@@ -84,12 +84,12 @@ def unpatch(network: VisionTransformer) -> None:
 
 @contextmanager
 def record_tokens(network: VisionTransformer, trace: bool = False) -> Iterator[TokenRecords]:
-    """Write down what a patched network does to the tokens while the context is open.
+    """Write down what a reduced network does to the tokens while the context is open.
 
     Nothing is recorded in compiled or exported code.
 
     Args:
-        network: a patched one.
+        network: one with reducers.
         trace: also follow every input token, for pictures.
 
     Yields:
@@ -150,14 +150,14 @@ _REDUCED: dict[type, type[ReducedTransformer]] = {
 
 
 def _reduced_class(kind: type) -> type[ReducedTransformer]:
-    """The patched form of a network class, made once for a user's own subclass."""
+    """The reduced form of a network class, made once for a user's own subclass."""
     if kind not in _REDUCED:
         _REDUCED[kind] = type(f"Reduced{kind.__name__}", (ReducedTransformer, kind), {})
     return _REDUCED[kind]
 
 
 def _original_class(kind: type) -> type[VisionTransformer]:
-    """The class whose patched form is `kind`."""
+    """The class whose reduced form is `kind`."""
     return next(
         base
         for base in kind.__mro__

@@ -7,7 +7,14 @@ import torch
 from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTransformer
 from torch import nn
 
-from callbacks.token_reduction import KeepAttentive, MergeSimilar, PruneOrPool, patch, record_tokens, unpatch
+from callbacks.token_reduction import (
+    KeepAttentive,
+    MergeSimilar,
+    PruneOrPool,
+    attach_reducers,
+    detach_reducers,
+    record_tokens,
+)
 
 MIXED = 0.022  # some of the images of the fixture pool in block 1, some prune
 
@@ -17,7 +24,7 @@ def rules(threshold=MIXED, r=4, blocks=(1, 3), **options):
 
 
 def patched(network, *arguments, **options):
-    patch(network, *(arguments or (rules(),)), **options)
+    attach_reducers(network, *(arguments or (rules(),)), **options)
     return network
 
 
@@ -42,17 +49,17 @@ def test_unpatching_restores_the_network_bit_for_bit(make_vit, images):
     before, kind = network(images), type(network)
     attributes = [set(vars(part)) for part in network.modules()]
     keys = list(network.state_dict())
-    patch(network, rules())
+    attach_reducers(network, rules())
     assert isinstance(network, kind)
     assert all(isinstance(block, Block) for block in network.blocks)
     assert list(network.state_dict()) == keys
     assert network(images).shape == before.shape
-    unpatch(network)
+    detach_reducers(network)
     assert type(network) is kind
     assert {type(block) for block in network.blocks} == {Block}
     assert [set(vars(part)) for part in network.modules()] == attributes
     assert network(images).equal(before)
-    unpatch(network)  # nothing to do
+    detach_reducers(network)  # nothing to do
 
 
 def test_patched_network_can_be_copied_and_pickled(make_vit, images):
@@ -63,7 +70,7 @@ def test_patched_network_can_be_copied_and_pickled(make_vit, images):
         duplicate = copy.deepcopy(network)
     assert duplicate(images).equal(logits)
     assert pickle.loads(pickle.dumps(network))(images).equal(logits)
-    unpatch(duplicate)
+    detach_reducers(duplicate)
     assert not duplicate(images).equal(logits)
     assert network(images).equal(logits)  # the copy is on its own
     assert network.load_state_dict(duplicate.state_dict(), strict=True)
@@ -78,7 +85,7 @@ def test_a_class_of_the_users_own_keeps_its_head(make_vit, images):
     single = patched(copy.deepcopy(network))(images)
     network.__class__ = Doubled
     close(patched(network)(images), 2 * single)
-    unpatch(network)
+    detach_reducers(network)
     assert type(network) is Doubled
 
 
@@ -87,8 +94,8 @@ def test_the_same_settings_twice_are_fine_and_others_are_not(make_vit, images):
     logits = network(images)
     assert patched(network)(images).equal(logits)
     for wrong in (
-        lambda: patch(network, rules(r=3)),
-        lambda: patch(network, rules(), proportional_attention=False),
+        lambda: attach_reducers(network, rules(r=3)),
+        lambda: attach_reducers(network, rules(), proportional_attention=False),
     ):
         with pytest.raises(ValueError, match="patched already"):
             wrong()
@@ -237,7 +244,7 @@ def test_masks_and_intermediates_are_refused(make_vit, images):
 
 def test_features_only_is_refused(images):
     extractor = timm.create_model("vit_tiny_patch16_224", features_only=True, img_size=32)
-    patch(extractor.model, rules())
+    attach_reducers(extractor.model, rules())
     with pytest.raises(NotImplementedError, match="features_only"):
         extractor(images)
 
@@ -246,9 +253,9 @@ def test_gradient_checkpointing_is_refused(make_vit, images):
     network = make_vit()
     network.set_grad_checkpointing(True)
     with pytest.raises(ValueError, match="checkpointing"):
-        patch(network, rules())
+        attach_reducers(network, rules())
     network.set_grad_checkpointing(False)
-    patch(network, rules())
+    attach_reducers(network, rules())
     network.set_grad_checkpointing(True)
     with pytest.raises(ValueError, match="checkpointing"):
         network(images)
@@ -266,7 +273,7 @@ def test_gradient_checkpointing_is_refused(make_vit, images):
 def test_networks_that_do_not_fit_are_refused(options, named):
     network = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, **options)
     with pytest.raises(ValueError, match=named):
-        patch(network, rules(blocks=(0,)))
+        attach_reducers(network, rules(blocks=(0,)))
     assert type(network) is VisionTransformer
 
 
@@ -277,20 +284,20 @@ def test_a_foreign_attention_is_listed(make_vit):
     network = make_vit()
     network.blocks[2].attn = Rotary()
     with pytest.raises(ValueError, match=r"blocks\.2\.attn: Rotary"):
-        patch(network, rules())
+        attach_reducers(network, rules())
 
 
 @pytest.mark.parametrize("block", [-1, 5])
 def test_a_block_outside_of_the_network_is_named(make_vit, block):
     with pytest.raises(ValueError, match=f"compress_blocks: {block}"):
-        patch(make_vit(), rules(blocks=(block,)))
+        attach_reducers(make_vit(), rules(blocks=(block,)))
 
 
 def test_merging_needs_no_class_token(images):
     network = VisionTransformer(
         img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, class_token=False, global_pool="avg"
     )
-    patch(network.eval(), {0: MergeSimilar(5)})
+    attach_reducers(network.eval(), {0: MergeSimilar(5)})
     with record_tokens(network) as records:
         network(images)
     assert records.passes[0][0].size.sum(dim=1).tolist() == [16] * 6
