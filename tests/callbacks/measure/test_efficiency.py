@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
 from callbacks.measure.efficiency import EfficiencyReport, size_of, state_dict_bytes, weights_of
+from callbacks.measure.timing import Timing
 from callbacks.run.device import device_name
 from callbacks.run.results import Results
 from lightning_modules import ImageClassifier
@@ -78,6 +79,16 @@ def test_the_report_of_a_run(trainer, blob_data, tmp_path):
     assert shapes == {(1, 3, 32, 32), (16, 3, 32, 32)}, (
         "timed at one image and at batch_size, the batch of 8 repeated"
     )
+
+
+def test_throughput_counts_every_image_of_a_batch(trainer, blob_data, tmp_path, monkeypatch):
+    timings = iter([Timing(0.002, 0.001, 0.003, 4), Timing(0.5, 0.4, 0.6, 3)])  # one image, then a batch
+    monkeypatch.setattr("callbacks.measure.efficiency.time_calls", lambda *_: next(timings))
+    report = report_of(trainer, blob_data(), tmp_path, batch_size=24)
+    assert (report["latency_seconds"], report["latency_repeats"]) == (0.002, 4)
+    assert (report["latency_p10_seconds"], report["latency_p90_seconds"]) == (0.001, 0.003)
+    assert report["throughput_images_per_second"] == 48
+    assert (report["throughput_batch"], report["throughput_repeats"]) == (24, 3)
 
 
 def test_latency_is_a_choice_and_input_size_replaces_the_batch(trainer, blob_data, tmp_path):
