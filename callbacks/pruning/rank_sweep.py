@@ -16,6 +16,7 @@ from torch import Tensor
 
 from callbacks.pruning.rank_loss import (
     Backend,
+    Side,
     Truncation,
     as_matrix,
     exact_truncation,
@@ -24,6 +25,7 @@ from callbacks.pruning.rank_loss import (
 )
 
 _SOLVER = 0.35  # eigenvectors are wrong by at most this times eps lambda_1 / gap, over all measured spectra
+_BATCH = 1 << 24  # entries of the Gram matrices that are decomposed in one call
 _EXACT_SIDE = 64  # up to here double precision costs next to nothing
 _AMBIGUOUS = 1e-6  # energy by which the chosen k must beat its neighbours in single precision
 _ENERGIES = (1e-20, 1e30)  # squared norms whose parts single precision can hold
@@ -71,7 +73,10 @@ class RankSweep:
         truncations: dict[str, Truncation | None] = {}
         for size, names in sizes.items():
             if self.backend == "gram" and size > _EXACT_SIDE:
-                truncations |= self._in_single_precision({name: matrices[name] for name in names})
+                most = max(_BATCH // size**2, 1)
+                for start in range(0, len(names), most):
+                    batch = {name: matrices[name] for name in names[start : start + most]}
+                    truncations |= self._in_single_precision(batch)
             truncations |= {
                 name: self._exact(name, matrices[name]) for name in names if name not in truncations
             }
@@ -93,7 +98,8 @@ class RankSweep:
             truncation = truncation_along(shares * energy, eigenvectors, energy, self.tolerance)
             error = gradient_error(shares, truncation, torch.finfo(eigenvectors.dtype).eps)
             if error <= self.max_error and not is_ambiguous(shares, truncation.rank, self.tolerance):
-                truncations[name] = truncation
+                # without the other eigenvectors of the batch
+                truncations[name] = replace(truncation, basis=truncation.basis.contiguous())
             else:
                 self.repeated.append(name)
         return truncations
@@ -203,6 +209,6 @@ def exchange(matrices: Mapping[str, Tensor], ours: Mapping[str, Truncation]) -> 
         if there:
             width = min(int(rank), side - int(rank))
             basis = part.view(side, side // 2)[:, :width]
-            chosen = "dropped" if side - rank <= rank else "kept"
-            truncations[name] = Truncation(int(rank), tail, squared_norm, basis, chosen)
+            spanned: Side = "dropped" if side - rank <= rank else "kept"
+            truncations[name] = Truncation(int(rank), tail, squared_norm, basis, spanned)
     return truncations

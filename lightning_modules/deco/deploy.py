@@ -11,7 +11,6 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_modules.deco.layers import ConvNeXtBlock, InteractionLayer
 from lightning_modules.deco.network import DetectionNetwork
-from lightning_modules.deco.packing import can_pack, pack
 from lightning_modules.deco.plus_encoder import RepBlock
 
 Network = TypeVar("Network", bound=DetectionNetwork)
@@ -20,7 +19,7 @@ _NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
 
 @torch.no_grad()
-def deploy(network: Network, channels_last: bool = True, packed: bool | None = None) -> Network:
+def deploy(network: Network, channels_last: bool = True) -> Network:
     """A copy for inference; the given network stays as it is.
 
     Rep blocks become single convolutions, batch norms go into the convolutions before them, layer scales into
@@ -31,8 +30,6 @@ def deploy(network: Network, channels_last: bool = True, packed: bool | None = N
         network: on any device.
         channels_last: keep weights and features with their channels innermost, where the pointwise layers
             and norms of the networks read them without a copy.
-        packed: keep a copy of all weights in the layout of the CPU's library, see `packing`; doubles their
-            memory. None does so where the network is on a CPU.
     """
     network = deepcopy(network).eval().requires_grad_(False)
     network.drop_auxiliary()
@@ -44,9 +41,6 @@ def deploy(network: Network, channels_last: bool = True, packed: bool | None = N
             activation.inplace = True
     if channels_last:
         network.to(memory_format=torch.channels_last)
-    on_cpu = all(parameter.device.type == "cpu" for parameter in network.parameters())
-    if can_pack() and (on_cpu if packed is None else packed):
-        pack(network)
     return network.requires_grad_(False)
 
 

@@ -82,6 +82,16 @@ def test_the_report_of_a_run(trainer, blob_data, tmp_path):
     )
 
 
+def test_throughput_counts_every_image_of_a_batch(trainer, blob_data, tmp_path, monkeypatch):
+    timings = iter([Timing(0.002, 0.001, 0.003, 4), Timing(0.5, 0.4, 0.6, 3)])  # one image, then a batch
+    monkeypatch.setattr("callbacks.measure.efficiency.time_calls", lambda *_: next(timings))
+    report = report_of(trainer, blob_data(), tmp_path, batch_size=24)
+    assert (report["latency_seconds"], report["latency_repeats"]) == (0.002, 4)
+    assert (report["latency_p10_seconds"], report["latency_p90_seconds"]) == (0.001, 0.003)
+    assert report["throughput_images_per_second"] == 48
+    assert (report["throughput_batch"], report["throughput_repeats"]) == (24, 3)
+
+
 def test_latency_is_a_choice_and_input_size_replaces_the_batch(trainer, blob_data, tmp_path):
     report = report_of(trainer, blob_data(), tmp_path, latency=False, input_size=(3, 16, 16))
     assert report["macs"] == 16 * 16 * 108 + 8

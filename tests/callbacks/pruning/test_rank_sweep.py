@@ -139,7 +139,9 @@ def test_a_failed_decomposition_falls_back_and_then_leaves_out_with_one_warning(
         assert set(sweep(weights)) == {"good"}
 
 
-def test_layers_of_one_size_give_what_each_gives_alone():
+@pytest.mark.parametrize("entries", [1, 2 * 96**2, 1 << 24])
+def test_layers_of_one_size_give_what_each_gives_alone(monkeypatch, entries):
+    monkeypatch.setattr("callbacks.pruning.rank_sweep._BATCH", entries)
     weights = {str(seed): torch.randn(96, 100 + seed).T for seed in range(3)}
     together = RankSweep(0.2)(weights)
     for name, weight in weights.items():

@@ -24,6 +24,12 @@ def test_detection_scales_with_its_input_and_ignores_its_order(values):
     assert detect_outliers(values[torch.randperm(500)]) == found
 
 
+def test_quartiles_are_those_of_the_ordered_values():
+    values = torch.arange(1.0, 13)  # of 12, the 4th and the 10th
+    assert detect_outliers(values).coarse_threshold == 10 + 1.5 * (10 - 4)
+    assert detect_outliers(values, coarse_factor=0.0, min_gap=10.0).coarse == 2
+
+
 def test_constants_and_nonsense():
     assert detect_outliers(torch.full((9,), 2.0)).outliers == 0
     with pytest.raises(ValueError, match="no values"):

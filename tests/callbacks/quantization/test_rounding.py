@@ -98,6 +98,15 @@ def test_trainable_numbers():
         assert sum(parameter.numel() for parameter in rounding.rounding_parameters()) == count
 
 
+def test_changed_counts_the_weights_that_left_their_nearest_neighbour():
+    weight = torch.tensor([[0.0, 0.1, 0.4, 0.9, 3.0]])  # steps of 1; the last one has nothing above it
+    rounding = LearnedRounding(weight, 2, rank="full")
+    with torch.no_grad():
+        rounding.full.mul_(-1)
+    assert rounding.integers().tolist() == [[1, 1, 1, 0, 3]]
+    assert rounding.changed() == pytest.approx(4 / 5)
+
+
 def test_penalty_is_zero_only_where_decided():
     assert rounding_penalty(torch.tensor([0.0, 1.0]), 2.0).tolist() == [0, 0]
     assert rounding_penalty(torch.tensor([0.5, 0.5]), 7.0).tolist() == [1, 1]

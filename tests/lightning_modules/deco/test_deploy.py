@@ -12,7 +12,6 @@ from torchvision.ops import FrozenBatchNorm2d
 from callbacks.deploy.onnx import export_onnx
 from lightning_modules.deco.deploy import deploy
 from lightning_modules.deco.network import Deco
-from lightning_modules.deco.packing import PackedConv2d, PackedLinear, can_pack
 from lightning_modules.deco.plus import DecoPlus
 from lightning_modules.deco.plus_encoder import RepBlock
 from tests.golden.fill import fill, inputs
@@ -45,15 +44,14 @@ def largest_difference(first: dict, second: dict) -> float:
     return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
-@pytest.mark.parametrize(("channels_last", "packed"), [(False, False), (True, False), (True, None)])
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_small_deco_gives_the_same(channels_last, packed, batch):
+def test_small_deco_gives_the_same(channels_last, batch):
     network = fill(Deco(**SMALL)).eval()
-    deployed = deploy(network, channels_last, packed)
+    deployed = deploy(network, channels_last)
     with torch.inference_mode():
-        for height in (48, 64):  # packed weights are for a size: the second one must come out right, too
+        for height in (48, 64):
             images = inputs("deco/deploy", (batch, 3, height, 64))
-            assert largest_difference(network(images), deployed(images)) < 1e-5
             assert largest_difference(network(images), deployed(images)) < 1e-5
 
 
@@ -92,13 +90,8 @@ def test_fused_rep_blocks_have_the_published_number_of_parameters(depth, count):
     assert sum(parameter.numel() for parameter in network.parameters()) == count
 
 
-@pytest.mark.skipif(not can_pack(), reason="this PyTorch has no oneDNN operators to pack for")
-def test_packed_layers_are_ordinary_to_everyone_else():
+def test_the_deployed_form_copies_pickles_and_takes_other_types():
     deployed = deploy(fill(Deco(**SMALL)))
-    kinds = [type(module) for module in deployed.modules()]
-    assert PackedConv2d in kinds
-    assert PackedLinear in kinds
-    assert nn.Conv2d not in kinds
     images = inputs("deco/deploy", (1, 3, 48, 64))
     with torch.inference_mode():
         before = deployed(images)
@@ -106,8 +99,6 @@ def test_packed_layers_are_ordinary_to_everyone_else():
             assert largest_difference(before, other(images)) < 1e-6
         double = copy.deepcopy(deployed).double()
         assert (double(images.double())["logits"] - before["logits"]).abs().max() < 1e-4
-    names = set(deploy(fill(Deco(**SMALL)), packed=False).state_dict())
-    assert set(deployed.state_dict()) == names
 
 
 def test_deployed_deco_exports_to_onnx_with_a_free_batch(tmp_path):
@@ -117,7 +108,7 @@ def test_deployed_deco_exports_to_onnx_with_a_free_batch(tmp_path):
     assert (tmp_path / "deco.onnx").is_file()
 
 
-def test_a_counter_sees_the_work_of_packed_layers():
+def test_a_counter_sees_the_work_of_the_deployed_form():
     network = fill(Deco(**SMALL)).eval()
     counts = []
     for form in (network, deploy(network)):
