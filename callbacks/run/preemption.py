@@ -161,7 +161,8 @@ class Preemption(Callback):
                 if isinstance(callback, WeightAveraging):  # the averages stand in the model's place
                     callback.on_validation_epoch_end(trainer, pl_module)
         path = checkpoint_directory(Path(trainer.default_root_dir)) / "last.ckpt"
-        trainer.save_checkpoint(path)
+        with torch.inference_mode(False):  # a validation's
+            trainer.save_checkpoint(path)
         self._leave(number, f"saved '{path}' at step {trainer.global_step}, leaving")
 
     def _agree(self, trainer: Trainer, pl_module: LightningModule) -> int:
