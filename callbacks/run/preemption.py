@@ -179,7 +179,7 @@ class Preemption(Callback):
         launcher = self._trainer.strategy.launcher if self._trainer is not None else None
         if at_once and launcher is not None:
             launcher.kill(number)  # the other ranks, where Lightning has started them
-        if self.requeue and number == signal.SIGUSR1 and rank_zero_only.rank == 0:
+        if self.requeue and number == signal.SIGUSR1 and getattr(rank_zero_only, "rank", 0) == 0:
             _requeue()
         raise SystemExit(128 + number)
 

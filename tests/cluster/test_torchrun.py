@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_a_lost_worker_costs_one_restart(tmp_path, undisturbed, torchrun):
     arguments = ["--checkpoint.every_n_train_steps", "1", "--trainer.callbacks+", "probes.LoseRankAt"]
     arguments += ["--trainer.callbacks.step", "7", "--trainer.callbacks.folder", tmp_path]
