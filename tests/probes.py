@@ -65,7 +65,7 @@ class HoldAt(Callback):
         if trainer.global_step != self.step or "SLURM_RESTART_COUNT" in os.environ:
             return
         (self.folder / f"waiting_{trainer.global_rank}").touch()
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 600
         while not (self.folder / "go").exists():
             assert time.monotonic() < deadline, "nobody said go"
             time.sleep(0.05)

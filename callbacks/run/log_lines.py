@@ -199,7 +199,7 @@ class LogLines(ProgressBar):
 
 def _batches_done(trainer: Trainer) -> int:
     """Training batches of the run so far, the one in progress included."""
-    return trainer.fit_loop.epoch_loop.batch_progress.total.processed
+    return trainer.fit_loop.total_batch_idx + 1
 
 
 def _epoch(trainer: Trainer) -> str:

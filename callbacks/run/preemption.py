@@ -161,7 +161,8 @@ class Preemption(Callback):
                 if isinstance(callback, WeightAveraging):  # the averages stand in the model's place
                     callback.on_validation_epoch_end(trainer, pl_module)
         path = checkpoint_directory(Path(trainer.default_root_dir)) / "last.ckpt"
-        trainer.save_checkpoint(path)
+        with torch.inference_mode(False):  # a validation's
+            trainer.save_checkpoint(path)
         self._leave(number, f"saved '{path}' at step {trainer.global_step}, leaving")
 
     def _agree(self, trainer: Trainer, pl_module: LightningModule) -> int:
@@ -178,7 +179,7 @@ class Preemption(Callback):
         launcher = self._trainer.strategy.launcher if self._trainer is not None else None
         if at_once and launcher is not None:
             launcher.kill(number)  # the other ranks, where Lightning has started them
-        if self.requeue and number == signal.SIGUSR1 and rank_zero_only.rank == 0:
+        if self.requeue and number == signal.SIGUSR1 and getattr(rank_zero_only, "rank", 0) == 0:
             _requeue()
         raise SystemExit(128 + number)
 

@@ -112,7 +112,7 @@ class Slurm:
         fields = self.ask("scontrol", "show", "job", number, "--oneliner").split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
-    def wait_until(self, number: str, *states: str, seconds: float = 280) -> dict[str, str]:
+    def wait_until(self, number: str, *states: str, seconds: float = 600) -> dict[str, str]:
         """Wait until a job is in one of the states."""
         self.wait_for(lambda: self.job(number)["JobState"] in states, seconds, f"job {number}: {states}")
         return self.job(number)

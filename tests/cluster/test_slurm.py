@@ -13,7 +13,7 @@ import yaml
 SCRIPT = Path(__file__).parents[2] / "cluster" / "slurm.sbatch"
 MACHINE = ("--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1200)
 
 
 class Jobs:
@@ -34,7 +34,7 @@ class Jobs:
 
     def wait_to_hold(self, name, ranks):
         files = [self.folder / name / f"waiting_{rank}" for rank in range(ranks)]
-        self.slurm.wait_for(lambda: all(file.exists() for file in files), 250, f"{name} to hold")
+        self.slurm.wait_for(lambda: all(file.exists() for file in files), 600, f"{name} to hold")
 
     def go(self, name):
         (self.folder / name / "go").touch()

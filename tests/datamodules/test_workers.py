@@ -49,8 +49,8 @@ def test_workers_ignore_both_signals(tmp_path, start, workers):
             worker_init_fn=Marking(tmp_path),
         )
         batches = iter(loader)
-        pids = {int(pid) for pid in next(batches)}
-        pids |= {int((tmp_path / str(worker)).read_text()) for worker in range(workers)}
+        pids = {int(pid) for _ in range(workers) for pid in next(batches)}
+        assert pids == {int((tmp_path / str(worker)).read_text()) for worker in range(workers)}
         assert len(pids) == workers
         assert os.getpid() not in pids
         for name in ("USR1", "TERM", "USR1"):  # from another process, as SLURM does
