@@ -10,6 +10,7 @@ from datamodules.imagenet import ImageFolderDataModule, ImageNetDataModule
 from datamodules.images import ImagesDataModule
 from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, hash_seed
 from datamodules.reading import CorruptSampleError, read_image
+from datamodules.sampling import IdentitySampler
 from datamodules.text.module import TextDataModule
 from datamodules.transforms import PINNED, ImageTransforms
 
@@ -26,6 +27,7 @@ __all__ = [
     "EpochSampler",
     "FakeImageTransforms",
     "FakeImagesDataModule",
+    "IdentitySampler",
     "ImageFolderDataModule",
     "ImageNetDataModule",
     "ImageTransforms",

@@ -2,10 +2,10 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
+from datamodules.features import Encoder, FeatureCache
 from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, collate_images, default_ranks
 from datamodules.reading import DataError, Listing, OnError, SkipCounter, SkippingDataset, read_image
 from datamodules.transforms import ImageTransforms
@@ -24,6 +25,15 @@ Split = Literal["train", "val", "test", "predict"]
 
 SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 """Strategies whose forward pass is a collective, so that all ranks must run equally many batches."""
+
+
+@runtime_checkable
+class PictureDataset(Protocol):
+    """A data set that gives the picture of a sample alone."""
+
+    def picture(self, index: int) -> Image.Image:
+        """RGB, in the coordinates of what is predicted of it."""
+        ...
 
 
 class DataModule(LightningDataModule):
@@ -94,7 +104,7 @@ class DataModule(LightningDataModule):
         self.download = download
         self.on_error: OnError = on_error
         self.repeats = repeats
-        self.datasets: dict[Split, Dataset[Any]] = {}
+        self.datasets: dict[str, Dataset[Any]] = {}
 
     # what a family provides
 
@@ -112,6 +122,27 @@ class DataModule(LightningDataModule):
         """The function that makes a batch of a list of transformed samples."""
         return default_collate
 
+    def parts(self, split: Split) -> Sequence[str]:
+        """Names of the data sets that an evaluation reads one after the other: here one, that of the split.
+
+        A family that needs several, such as a gallery and queries, names them and puts each into
+        ``datasets``. Their loaders are then a dict, and a step is told its ``dataloader_idx``.
+        """
+        return (split,)
+
+    def sampler(self, dataset: Sized, split: Split) -> EpochSampler:
+        """The order in which a rank reads a split; a family with an order of its own, such as
+        ``IdentitySampler``, overrides this.
+        """
+        rank, world = self._ranks()
+        if split == "train":
+            tail: Literal["repeat", "drop", "keep"] = "drop" if self.drop_last else "repeat"
+            return EpochSampler(
+                dataset, seed=self.run_seed, tail=tail, repeats=self.repeats, rank=rank, num_replicas=world
+            )
+        tail = "repeat" if self._equal_batches(split, len(dataset), world) else "keep"
+        return EpochSampler(dataset, shuffle=False, tail=tail, rank=rank, num_replicas=world)
+
     # what Lightning calls
 
     def prepare_data(self) -> None:
@@ -125,17 +156,17 @@ class DataModule(LightningDataModule):
         """Shuffled batches of ``datasets["train"]``."""
         return self.loader("train")
 
-    def val_dataloader(self) -> ResumableLoader:
+    def val_dataloader(self) -> ResumableLoader | dict[str, ResumableLoader]:
         """Batches of ``datasets["val"]``, each sample once."""
-        return self.loader("val")
+        return self.loaders("val")
 
-    def test_dataloader(self) -> ResumableLoader:
+    def test_dataloader(self) -> ResumableLoader | dict[str, ResumableLoader]:
         """Batches of ``datasets["test"]``, each sample once."""
-        return self.loader("test")
+        return self.loaders("test")
 
-    def predict_dataloader(self) -> ResumableLoader:
+    def predict_dataloader(self) -> ResumableLoader | dict[str, ResumableLoader]:
         """Batches of ``datasets["predict"]``, each sample once."""
-        return self.loader("predict")
+        return self.loaders("predict")
 
     # what they are made of
 
@@ -144,24 +175,31 @@ class DataModule(LightningDataModule):
         """``seed``, or that of ``seed_everything``, or 0."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
-    def loader(self, split: Split) -> ResumableLoader:
-        """The loader of a split.
+    def loaders(self, split: Split) -> ResumableLoader | dict[str, ResumableLoader]:
+        """The loader of a split, or one of each of its parts by their names."""
+        parts = self.parts(split)
+        if len(parts) == 1:
+            return self.loader(split)
+        return {part: self.loader(split, part) for part in parts}
+
+    def loader(self, split: Split, part: str | None = None) -> ResumableLoader:
+        """The loader of a split, or of one of its parts.
 
         Raises:
             DataError: the split has no samples.
             MisconfigurationException: there is no such split, or training has less than a batch.
         """
-        dataset, epoch_end = self._dataset(split), None
-        self._check_size(split, dataset)
+        dataset, epoch_end = self._dataset(part or split), None
+        self._check_size(part or split, dataset)
         train = split == "train"
         if self.on_error == "skip":
             counter = SkipCounter(self.num_workers)
             dataset = SkippingDataset(dataset, counter)
-            epoch_end = partial(counter.report, f"{type(self).__name__}, {split}")
+            epoch_end = partial(counter.report, f"{type(self).__name__}, {part or split}")
         seeded = SeededDataset(dataset, self.run_seed if train else None, self.transform(split))
         return ResumableLoader(
             seeded,
-            sampler=self._sampler(seeded, split),
+            sampler=self.sampler(seeded, split),
             batch_size=self.batch_size if train else self.eval_batch_size or self.batch_size,
             drop_last=train and self.drop_last,
             collate_fn=self.collation(),
@@ -171,12 +209,12 @@ class DataModule(LightningDataModule):
             epoch_end=epoch_end,
         )
 
-    def _dataset(self, split: Split) -> Dataset[Any]:
+    def _dataset(self, split: str) -> Dataset[Any]:
         if split not in self.datasets:
             raise MisconfigurationException(f"{type(self).__name__} has no {split} data.")
         return self.datasets[split]
 
-    def _check_size(self, split: Split, dataset: Dataset[Any]) -> None:
+    def _check_size(self, split: str, dataset: Dataset[Any]) -> None:
         """Whether there is a batch at all: a run that trains nothing must not look like a success."""
         length, world = len(dataset), self._ranks()[1]  # type: ignore[arg-type]
         if length == 0:
@@ -188,16 +226,6 @@ class DataModule(LightningDataModule):
                 f"{self.batch_size}, and an incomplete one is left out: lower batch_size, or set "
                 "drop_last: false."
             )
-
-    def _sampler(self, dataset: SeededDataset, split: Split) -> EpochSampler:
-        rank, world = self._ranks()
-        if split == "train":
-            tail: Literal["repeat", "drop", "keep"] = "drop" if self.drop_last else "repeat"
-            return EpochSampler(
-                dataset, seed=self.run_seed, tail=tail, repeats=self.repeats, rank=rank, num_replicas=world
-            )
-        tail = "repeat" if self._equal_batches(split, len(dataset), world) else "keep"
-        return EpochSampler(dataset, shuffle=False, tail=tail, rank=rank, num_replicas=world)
 
     def _ranks(self) -> tuple[int, int]:
         """Rank and number of ranks that split the data; under tensor parallelism some ranks share theirs."""
@@ -219,14 +247,32 @@ class DataModule(LightningDataModule):
     def _overrides(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(DataModule, method)
 
-    @staticmethod
-    def read_image(path: Path | str) -> Image.Image:
-        """An image file as the data set reads it, for whoever draws on it.
+    def picture(self, path: Path | str, index: int | None = None) -> Image.Image:
+        """A picture that was predicted on, as its sample had it, for whoever draws on it.
+
+        Args:
+            path: of its file.
+            index: of the sample; a data set that reads pictures in a way of its own is asked for it.
 
         Raises:
             CorruptSampleError: it cannot be read.
         """
-        return read_image(path)
+        dataset = self.datasets.get("predict")
+        if index is None or not isinstance(dataset, PictureDataset):
+            return read_image(path)
+        return dataset.picture(index)
+
+    def feature_cache(self, folder: Path, encoder: Encoder, **options: Any) -> FeatureCache:
+        """A cache of a frozen encoder's features, computed as this module reads and on the run's device.
+
+        Args:
+            folder: of all caches.
+            encoder: what computes them.
+            options: `shape`, `dtype` and `shard_bytes` of `FeatureCache`.
+        """
+        device = "cpu" if self.trainer is None else self.trainer.strategy.root_device
+        batch_size = self.eval_batch_size or self.batch_size
+        return FeatureCache(folder, encoder, device, batch_size, self.num_workers, self.on_error, **options)
 
     def announce(self, split: Split, content: str, folder: Path, listing: Listing) -> None:
         """Log on rank 0 what was found where, and how much was left out."""

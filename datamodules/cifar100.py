@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from datamodules.base import VisionDataModule
+from datamodules.base import Split, VisionDataModule
+from datamodules.reading import DataError, Listing
 from datamodules.samples.cifar100 import FOLDERS, fine_names, write_cifar
 from datamodules.samples.writing import is_sample
 
@@ -53,11 +54,11 @@ def read_pickle(path: Path, md5: str | None = None) -> dict[str, Any]:
 
     Raises:
         pickle.UnpicklingError: when the file refers to anything but arrays; the message names it.
-        ValueError: for a wrong checksum, or a file that is no such pickle.
+        DataError: for a wrong checksum, or a file that is no such pickle.
     """
     content = path.read_bytes()
     if md5 is not None and (found := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:
-        raise ValueError(
+        raise DataError(
             f"{path} is damaged: its md5 is {found}, not {md5}. Delete its folder and get it again."
         )
     try:
@@ -65,12 +66,16 @@ def read_pickle(path: Path, md5: str | None = None) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         if "was refused" in str(error):
             raise
-        raise ValueError(f"{path} is no readable pickle: {error}") from error
+        raise DataError(f"{path} is no readable pickle: {_flat(error)}") from error
     except Exception as error:  # damaged opcodes raise anything
-        raise ValueError(f"{path} is no readable pickle: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path} is no readable pickle: {type(error).__name__}: {_flat(error)}") from error
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}, not the expected dict.")
+        raise DataError(f"{path} holds a {type(loaded).__name__}, not the expected dict.")
     return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in loaded.items()}
+
+
+def _flat(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 class PixelDataset(Dataset[dict[str, Any]]):
@@ -111,7 +116,8 @@ class CIFAR100DataModule(VisionDataModule):
         options: of ``VisionDataModule``.
 
     Raises:
-        ValueError: for a ``val_fraction`` outside [0, 1), and in ``setup`` for a file with a wrong checksum.
+        ValueError: for a ``val_fraction`` outside [0, 1).
+        DataError: in ``setup``, for a file with a wrong checksum or other content than published.
         pickle.UnpicklingError: in ``setup``, for a pickle that holds more than data.
     """
 
@@ -141,7 +147,13 @@ class CIFAR100DataModule(VisionDataModule):
             meta = self._published().meta["filename"]
             if not (self.folder / meta).exists() and self.sample:
                 return fine_names(self.sample_classes)
-            self._class_names = list(self._read(meta)[self._published().meta["key"]])
+            key = self._published().meta["key"]
+            names = self._read(meta).get(key)
+            if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+                raise DataError(
+                    f"{self.folder / meta} has no list of names {key}: is name: {self.name} right?"
+                )
+            self._class_names = list(names)
         return self._class_names
 
     @property
@@ -156,7 +168,11 @@ class CIFAR100DataModule(VisionDataModule):
         write_cifar(self.root, self.name, self.sample_size, self.sample_classes)
 
     def fetch(self) -> None:
-        """Downloads the published archive and unpacks it."""
+        """Downloads the published archive and unpacks it.
+
+        Raises:
+            DataError: it cannot be fetched, or is not what was published.
+        """
         if self.folder.exists():
             return
         from torchvision.datasets.utils import (
@@ -166,9 +182,12 @@ class CIFAR100DataModule(VisionDataModule):
         published = self._published()
         self.root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=self.root) as temporary:
-            download_and_extract_archive(
-                published.url, temporary, filename=published.filename, md5=published.tgz_md5
-            )
+            try:
+                download_and_extract_archive(
+                    published.url, temporary, filename=published.filename, md5=published.tgz_md5
+                )
+            except Exception as error:  # of the network, the disk, the archive, or of torchvision
+                raise DataError(f"download: {published.url} cannot be fetched ({_flat(error)}).") from error
             (Path(temporary) / published.base_folder).rename(self.folder)
 
     def setup(self, stage: str) -> None:
@@ -180,36 +199,54 @@ class CIFAR100DataModule(VisionDataModule):
             images, labels = self._split([name for name, _ in published.train_list], count)
             order = np.random.default_rng(self.run_seed).permutation(len(images))
             held_out = round(self.val_fraction * len(images))
+            if self.val_fraction and not 0 < held_out < len(images):
+                raise DataError(
+                    f"val_fraction: {self.val_fraction} of {len(images)} training images in {self.folder} "
+                    "leaves none to train or to validate on."
+                )
             self.datasets["train"] = PixelDataset(images, labels, np.sort(order[held_out:]))
             self.datasets["val"] = PixelDataset(images, labels, np.sort(order[:held_out]))
+            self._say("train", len(images) - held_out)
+            if held_out:
+                self._say("val", held_out)
         if "test" not in self.datasets:
             self.datasets["test"] = PixelDataset(
                 *self._split([name for name, _ in published.test_list], count)
             )
+            self._say("test", len(self.datasets["test"]))  # type: ignore[arg-type]
         self.datasets["predict"] = self.datasets["test"]
         if not self.val_fraction:
             self.datasets["val"] = self.datasets["test"]
 
+    def _say(self, split: Split, images: int) -> None:
+        self.announce(split, f"{images} images of {self.num_classes} classes", self.folder, Listing([]))
+
     def _split(self, files: list[str], num_classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """The images (N, 32, 32, 3) and labels (N,) of a split's files."""
+        """The images (N, 32, 32, 3) and labels (N,) of a split's files.
+
+        Raises:
+            DataError: a file's content is not as published.
+        """
         key = "fine_labels" if self.name == "cifar100" else "labels"
-        batches = [self._read(file) for file in files]
-        try:
-            rows = np.concatenate([batch["data"] for batch in batches])
-            labels = np.concatenate([np.asarray(batch[key], np.int64) for batch in batches])
-        except KeyError as error:
-            raise ValueError(
-                f"{self.folder / files[0]} has no {error}: is name: {self.name} right?"
-            ) from error
-        if rows.shape != (len(labels), 3072) or rows.dtype != np.uint8:
-            raise ValueError(
-                f"{self.folder}: expected uint8 rows of 3072 for {len(labels)} labels, got {rows.shape}."
-            )
-        if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
-            raise ValueError(
-                f"{self.folder}: labels {labels.min()}..{labels.max()}, but {num_classes} class names."
-            )
-        return np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels
+        rows, labels = zip(*(self._batch(file, key, num_classes) for file in files), strict=True)
+        return np.concatenate(rows), np.concatenate(labels)
+
+    def _batch(self, file: str, key: str, num_classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """The images and labels of one file."""
+        path, content = self.folder / file, self._read(file)
+        missing = [name for name in ("data", key) if name not in content]
+        if missing:
+            raise DataError(f"{path} has no '{missing[0]}': is name: {self.name} right?")
+        rows, given = content["data"], content[key]
+        if not isinstance(given, list) or not all(type(label) is int for label in given):
+            raise DataError(f"{path}: '{key}' must be a list of integers.")
+        if not isinstance(rows, np.ndarray) or rows.shape != (len(given), 3072) or rows.dtype != np.uint8:
+            found = f"{rows.dtype} {rows.shape}" if isinstance(rows, np.ndarray) else type(rows).__name__
+            raise DataError(f"{path}: expected uint8 rows of 3072 for {len(given)} labels, got {found}.")
+        if given and not 0 <= min(given) <= max(given) < num_classes:
+            raise DataError(f"{path}: labels {min(given)}..{max(given)}, but {num_classes} class names.")
+        images = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return np.ascontiguousarray(images), np.array(given, np.int64)
 
     def _read(self, file: str) -> dict[str, Any]:
         path = self.folder / file

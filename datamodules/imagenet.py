@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset
 
 from datamodules.base import Split, VisionDataModule
@@ -43,13 +44,24 @@ class ImageFileDataset(Dataset[dict[str, Any]]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path = os.path.join(self.folder, os.fsdecode(self.names[index]))
-        sample: dict[str, Any] = {"image": read_image(path), "index": index}
+        sample: dict[str, Any] = {"image": self.picture(index), "index": index}
         if self.labels is not None:
             sample["label"] = int(self.labels[index])
         if self.with_path:
-            sample["path"] = path
+            sample["path"] = self.path(index)
         return sample
+
+    def path(self, index: int) -> str:
+        """Of an image; a name that is not UTF-8 has surrogates in it, as everywhere in Python."""
+        return os.path.join(self.folder, os.fsdecode(self.names[index]))
+
+    def picture(self, index: int) -> Image.Image:
+        """An image alone.
+
+        Raises:
+            CorruptSampleError: it cannot be read.
+        """
+        return read_image(self.path(index))
 
 
 class ImageFolderDataModule(VisionDataModule):

@@ -107,5 +107,7 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
         return not parts
     if pattern[0] == "**":
         rest = pattern[1:]
-        return not rest or any(_matches(parts[skipped:], rest) for skipped in range(len(parts) + 1))
+        if not rest:
+            return bool(parts)  # a folder is no image
+        return any(_matches(parts[skipped:], rest) for skipped in range(len(parts) + 1))
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.run.directory import announce, replaced_atomically, run_directory
 from callbacks.writers.base import PredictionWriter
-from callbacks.writers.drawing import shortened
+from callbacks.writers.drawing import open_picture, shortened
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -140,20 +140,14 @@ class DetectionWriter(PredictionWriter):
 
     def _draw(self, trainer: Trainer, source: Path, index: int, found: list[list[float]]) -> None:
         data = getattr(trainer, "datamodule", None)
-        picture = data.predicted_picture(index) if isinstance(data, PredictedImages) else _upright(source)
+        known = isinstance(data, PredictedImages)
+        picture = data.predicted_picture(index) if known else open_picture(trainer, source, index)
         drawn = draw_detections(picture, found, self._names, self.max_side)
         stem = os.fsdecode(os.fsencode(source.stem)[:200])  # a name has room for 255 bytes
         drawn.save(pictures(trainer) / f"{index:06d}_{stem}.jpg", quality=90)
 
     def _name(self, label: int) -> str:
         return self._names[label] if label < len(self._names) else f"class {label}"
-
-
-def _upright(source: Path) -> "Image.Image":
-    from PIL import Image, ImageOps
-
-    with Image.open(source) as picture:
-        return ImageOps.exif_transpose(picture).convert("RGB")
 
 
 def pictures(trainer: Trainer) -> Path:

@@ -4,8 +4,9 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -15,6 +16,26 @@ BACKGROUND = "white"
 INK = "#202020"
 WRONG = "#c62828"
 MARGIN = 8
+
+
+@runtime_checkable
+class PictureReader(Protocol):
+    """A data module that reads the pictures it predicts on: upright, and deep ones as their 8-bit twins."""
+
+    def picture(self, path: Path | str, index: int | None = None) -> "Image.Image":
+        """RGB; the coordinates of a prediction of sample `index` are pixels of it."""
+        ...
+
+
+def open_picture(trainer: Trainer, path: Path | str, index: int | None = None) -> "Image.Image":
+    """The picture of a prediction as the data module read it; upright where it does not say how."""
+    from PIL import Image, ImageOps
+
+    data = getattr(trainer, "datamodule", None)
+    if isinstance(data, PictureReader):
+        return data.picture(path, index)
+    with Image.open(path) as picture:
+        return ImageOps.exif_transpose(picture).convert("RGB")
 
 
 def to_pil(image: Tensor) -> "Image.Image":

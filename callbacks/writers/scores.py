@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from PIL import Image
 
 from callbacks.run.directory import announce, replaced_atomically, run_directory
 from callbacks.writers.base import PredictionWriter
-from callbacks.writers.drawing import WRONG, contact_sheet, fit_into
+from callbacks.writers.drawing import WRONG, contact_sheet, fit_into, open_picture
 from lightning_modules.gendet.detector import FakeDetector
 
 GENERATED, PHOTOGRAPH = "#b26a00", "#2e7d32"
@@ -97,8 +96,7 @@ class ScoreWriter(PredictionWriter):
         chosen = [ordered[round(place * step)] for place in range(count)]
         pictures, captions, colours = [], [], []
         for score, path, verdict, label in chosen:
-            with Image.open(path) as opened:
-                pictures.append(fit_into(opened.convert("RGB"), 160))
+            pictures.append(fit_into(open_picture(trainer, path), 160))
             wrong = bool(label) and label != verdict
             captions.append(f"{score:.3f} {verdict}\n{'label: ' + label if wrong else Path(path).name}")
             colours.append(WRONG if wrong else {"fake": GENERATED, "real": PHOTOGRAPH}[verdict])

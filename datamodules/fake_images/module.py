@@ -23,7 +23,7 @@ from datamodules.fake_images.layouts import (
     read_layout,
 )
 from datamodules.fake_images.transforms import Degradation, FakeImageTransforms
-from datamodules.features import FeatureCache, FeatureDataset
+from datamodules.features import FeatureDataset
 from datamodules.imagenet import ImageFileDataset
 from datamodules.loading import ResumableLoader, collate_images
 from datamodules.reading import Listing, list_images
@@ -254,14 +254,7 @@ class FakeImagesDataModule(DataModule):
             raise MisconfigurationException(
                 f"cache: {type(module).__name__} has no encoder to cache the features of; set cache: null."
             )
-        cache = FeatureCache(
-            self.cache,
-            encoder,
-            self.trainer.strategy.root_device,
-            self.eval_batch_size or self.batch_size,
-            self.num_workers,
-            self.on_error,
-        )
+        cache = self.feature_cache(self.cache, encoder)
         drawn = split == "train" and self.views > 0
         transform = self.transforms.train() if drawn else self._evaluation(split)
         stores, labels, generators = [], [], []
@@ -312,23 +305,23 @@ class FakeImagesDataModule(DataModule):
         finally:
             self.drop_last = kept
 
-    def loader(self, split: Split) -> ResumableLoader:
+    def loader(self, split: Split, part: str | None = None) -> ResumableLoader:
         """The loader of a split; cached features are read here, not in workers."""
         dataset = self._dataset(split)
         if not isinstance(dataset, FeatureDataset):
-            return super().loader(split)
+            return super().loader(split, part)
         self._check_size(split, dataset)
         train = split == "train"
         rows: Any = dataset  # a sampler only asks for its length
         return ResumableLoader(
             dataset,
-            sampler=self._sampler(rows, split),
+            sampler=self.sampler(rows, split),
             batch_size=self.batch_size if train else self.eval_batch_size or self.batch_size,
             drop_last=train and self.drop_last,
             collate_fn=_whole,
         )
 
-    def _dataset(self, split: Split) -> Dataset[Any]:
+    def _dataset(self, split: str) -> Dataset[Any]:
         dataset = super()._dataset(split)
         if split != "train" or not isinstance(dataset, (FakeImageDataset, FeatureDataset)):
             return dataset

@@ -15,6 +15,7 @@ from PIL import Image
 from scipy.fft import dctn, idctn
 from scipy.ndimage import convolve, gaussian_filter
 
+from datamodules.reading import read_image
 from datamodules.samples.drawing import draw_picture
 from datamodules.samples.writing import ensure_sample
 
@@ -144,8 +145,7 @@ def photograph_crops(
     out = []
     for number, file in enumerate(files):
         rng = np.random.default_rng((seed, number))
-        with Image.open(file) as opened:
-            image = opened.convert("RGB")
+        image = read_image(file)
         factor = side / min(image.size)
         wanted = (max(side, round(image.width * factor)), max(side, round(image.height * factor)))
         pixels = np.asarray(image.resize(wanted, Image.Resampling.LANCZOS), np.float64) / 255

@@ -48,18 +48,24 @@ def ensure_sample(target: Path, settings: dict[str, Any], write: Callable[[Path]
         write: fills a folder.
 
     Raises:
-        MisconfigurationException: when ``target`` holds something else, or a sample with other settings.
+        MisconfigurationException: when ``target`` holds something else, or a sample with other settings or
+            a damaged marker.
     """
     if not target.is_dir() or not any(target.iterdir()):
         with atomic_folder(target) as folder:
             write(folder)
-            (folder / MARKER).write_text(json.dumps(settings))
+            (folder / MARKER).write_text(json.dumps(settings), encoding="utf-8")
     if not is_sample(target):
         raise MisconfigurationException(
             f"sample: true, but {target} holds data that is not a sample. Set sample: false to use it, "
             "or root to another folder."
         )
-    found = json.loads((target / MARKER).read_text())
+    try:
+        found = json.loads((target / MARKER).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MisconfigurationException(
+            f"{target / MARKER} is damaged ({error}). Delete {target}: the sample is written anew."
+        ) from error
     if found != settings:
         raise MisconfigurationException(
             f"{target} holds a sample made with {found}, and {settings} is asked for. Delete that folder, "

@@ -14,9 +14,10 @@ from torch._utils import ExceptionWrapper
 
 from datamodules.base import DataModule
 from datamodules.cifar100 import CIFAR100DataModule
-from datamodules.imagenet import ImageFolderDataModule
+from datamodules.imagenet import ImageFileDataset, ImageFolderDataModule
 from datamodules.images import ImagesDataModule
-from datamodules.reading import CorruptSampleError, SkipCounter, SkippingDataset, read_image
+from datamodules.reading import CorruptSampleError, SkipCounter, SkippingDataset, list_images, read_image
+from datamodules.sampling import IdentitySampler
 from datamodules.transforms import ImageTransforms
 
 SMALL: dict[str, Any] = {
@@ -219,7 +220,7 @@ def test_evaluation_on_many_ranks_has_no_duplicates(cifar_root, caplog):
     seen = ranked(data, "DDPStrategy", 4)
     assert [len(part) for part in seen] == [4, 4, 4, 3]
     assert sorted(index for part in seen for index in part) == list(range(15))
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
@@ -235,6 +236,54 @@ def test_sharded_strategies_need_equal_batches_and_say_so(cifar_root, caplog, st
 
 
 # the Trainer
+
+
+class Retrieval(ImagesDataModule):
+    """A test of a gallery and of queries, in one folder each."""
+
+    def parts(self, split):
+        return ("gallery", "query") if split == "test" else super().parts(split)
+
+    def setup(self, stage):
+        for part in ("gallery", "query"):
+            names = list_images(self.root / part).names
+            self.datasets[part] = ImageFileDataset(self.root / part, names, with_path=True)
+
+
+def test_a_split_may_have_several_loaders(tmp_path):
+    for part, count in (("gallery", 7), ("query", 3)):
+        for number in range(count):
+            (tmp_path / part).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / part / f"{number}.png")
+    seen: list[tuple[int, str]] = []
+
+    class Module(LightningModule):
+        def test_step(self, batch, batch_idx, dataloader_idx):
+            seen.extend((dataloader_idx, Path(path).parent.name) for path in batch["path"])
+
+    data = Retrieval(root=tmp_path, transforms=ImageTransforms(image_size=8), num_workers=0, batch_size=4)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    trainer.test(Module(), datamodule=data, verbose=False)
+    assert seen == [(0, "gallery")] * 7 + [(1, "query")] * 3
+    assert list(data.test_dataloader()) == ["gallery", "query"]
+    del data.datasets["query"]
+    with pytest.raises(MisconfigurationException, match="Retrieval has no query data"):
+        data.test_dataloader()
+
+
+def test_a_family_may_have_an_order_of_its_own(cifar_root):
+    class Pairs(CIFAR100DataModule):
+        def sampler(self, dataset, split):
+            if split != "train":
+                return super().sampler(dataset, split)
+            rank, world = self._ranks()
+            labels = self.datasets["train"].labels
+            return IdentitySampler(labels, 2, 10, seed=self.run_seed, rank=rank, num_replicas=world)
+
+    data = Pairs(root=cifar_root, **SMALL)
+    data.setup("fit")
+    for batch in data.train_dataloader():
+        assert sorted(np.unique(batch["label"], return_counts=True)[1].tolist()) == [10, 10]
 
 
 class Indices(LightningModule):

@@ -1,17 +1,22 @@
 import hashlib
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from datamodules.cifar100 import CIFAR100DataModule, read_pickle
+from datamodules.reading import DataError
 from datamodules.samples import write_cifar
 from datamodules.transforms import ImageTransforms
+from tests.fuzzing import fuzz, outcome
 
 SMALL = {
     "transforms": ImageTransforms(image_size=32, augmentation="none", crop_pct=1.0),
@@ -168,6 +173,10 @@ def test_what_is_no_pickle(tmp_path, content):
         ({"data": np.zeros((15, 3071), np.uint8)}, "rows of 3072"),
         ({"data": np.zeros((15, 3072))}, "rows of 3072"),
         ({"fine_labels": None}, "is name: cifar100 right"),
+        ({"fine_labels": [[0]] * 15}, "'fine_labels' must be a list of integers"),
+        ({"fine_labels": "abc"}, "'fine_labels' must be a list of integers"),
+        ({"data": [0] * 15}, "rows of 3072 for 15 labels, got list"),
+        ({"data": None}, "has no 'data'"),
     ],
     ids=str,
 )
@@ -176,8 +185,49 @@ def test_inconsistent_files(tmp_path, damage, message):
     path = tmp_path / "cifar-100-python/test"
     content = {**pickle.loads(path.read_bytes()), **damage}
     path.write_bytes(pickle.dumps({key: value for key, value in content.items() if value is not None}))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DataError, match=rf"cifar-100-python/test.*{message}"):
         CIFAR100DataModule(root=tmp_path, **SMALL).setup("test")
+
+
+@pytest.mark.parametrize("names", [None, [], "abc", [1, 2]])
+def test_names_of_classes_that_are_none(tmp_path, names):
+    write_cifar(tmp_path, size=60, num_classes=5)
+    (tmp_path / "cifar-100-python/meta").write_bytes(pickle.dumps({"fine_label_names": names}))
+    with pytest.raises(DataError, match="meta has no list of names fine_label_names"):
+        CIFAR100DataModule(root=tmp_path, **SMALL).setup("test")
+
+
+def test_a_fraction_that_leaves_nothing(cifar_root):
+    for fraction in (0.001, 0.999):
+        with pytest.raises(DataError, match=rf"val_fraction: {fraction} of 60 training images"):
+            CIFAR100DataModule(root=cifar_root, val_fraction=fraction, **SMALL).setup("fit")
+
+
+@fuzz(60)
+@given(
+    file=st.sampled_from(["train", "test", "meta"]),
+    edits=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=6),
+    head=st.booleans(),
+    cut=st.none() | st.floats(0, 1),
+)
+def test_mutated_archives_are_read_or_refused(tmp_path, cifar_root, file, edits, head, cut):
+    """Of the sample, whose checksums nobody knows; the pixels themselves are left alone half of the time."""
+    folder = tmp_path / "cifar-100-python"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(cifar_root / "cifar-100-python", folder)
+    content = bytearray((folder / file).read_bytes())
+    for place, value in edits:
+        content[place % min(len(content), 200) if head else -1 - place % min(len(content), 700)] = value
+    (folder / file).write_bytes(content if cut is None else content[: int(cut * len(content))])
+
+    def read():
+        data = CIFAR100DataModule(root=tmp_path, **SMALL)
+        data.setup("fit")
+        return [batch for split in ("train", "test") for batch in data.loader(split)]
+
+    result = outcome(read, "cifar-100-python")
+    if result.read:
+        assert all(0 <= batch["label"].min() <= batch["label"].max() < 5 for batch in result.value)
 
 
 def test_cifar10(tmp_path):

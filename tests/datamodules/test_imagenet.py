@@ -1,13 +1,20 @@
+import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
 from datamodules.imagenet import ImageFileDataset, ImageFolderDataModule, ImageNetDataModule
+from datamodules.reading import DataError
 from datamodules.transforms import ImageTransforms
+from tests.fuzzing import fuzz, outcome
 
 SMALL = {"transforms": ImageTransforms(image_size=16), "num_workers": 0, "batch_size": 4}
 
@@ -127,6 +134,80 @@ def test_empty_class(folder_root, tmp_path):
     (root / "train/zzz").mkdir()
     with pytest.raises(ValueError, match="class folders without an image: zzz"):
         ImageFolderDataModule(root=root, **SMALL).setup("fit")
+
+
+def test_sub_folders_of_a_class_belong_to_it(tmp_path, caplog):
+    for split in ("train", "val"):
+        for folder, count in (("dog", 2), ("dog/poodle", 6), ("cat", 4), ("cat/__MACOSX", 1), (".cache", 1)):
+            (tmp_path / split / folder).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (20, 20)).save(tmp_path / split / folder / f"{number}.webp")
+        (tmp_path / split / "cat/self").symlink_to(tmp_path / split / "cat")
+        (tmp_path / split / "all").symlink_to(tmp_path / split)
+        (tmp_path / split / "readme.txt").touch()
+    data = ImageFolderDataModule(root=tmp_path, **SMALL)
+    with caplog.at_level(logging.INFO):
+        data.setup("fit")
+    assert data.class_names == ["cat", "dog"]
+    assert np.bincount(data.datasets["train"].labels).tolist() == [4, 8]
+    assert (
+        f"ImageFolderDataModule, train: 12 images of 2 classes in {tmp_path / 'train'} "
+        "(left out: 2 hidden, 2 other)." in caplog.text
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_training_images_that_make_no_batch(folder_root, world):
+    data = ImageFolderDataModule(root=folder_root, **{**SMALL, "batch_size": 7 if world == 2 else 13})
+    data.setup("fit")
+    data.trainer = SimpleNamespace(
+        strategy=None, distributed_sampler_kwargs={"rank": 0, "num_replicas": world}, lightning_module=None
+    )
+    each = r" \(6 for each of 2 processes\)" if world == 2 else ""
+    with pytest.raises(
+        MisconfigurationException,
+        match=rf"12 training samples{each} make no whole batch of batch_size: {data.batch_size}",
+    ):
+        data.train_dataloader()
+    data.drop_last = False
+    assert sum(len(batch["label"]) for batch in data.train_dataloader()) == 12 // world
+
+
+def test_a_split_without_a_sample(folder_root):
+    data = ImageFolderDataModule(root=folder_root, **SMALL)
+    data.datasets["test"] = ImageFileDataset(folder_root, [])
+    with pytest.raises(DataError, match=rf"the test data in {folder_root} has no samples"):
+        data.test_dataloader()
+
+
+@fuzz(60)
+@given(
+    files=st.lists(
+        st.tuples(
+            st.sampled_from(["train", "val", "test", "Train"]),
+            st.lists(st.sampled_from(["a", "b", ".h", "__MACOSX"]), max_size=3).map("/".join),
+            st.sampled_from(["a.png", "b.JPG", "c.txt", "._d.png", "e.webp"]),
+        ),
+        max_size=12,
+    ),
+    link=st.none() | st.tuples(st.integers(0, 11), st.integers(0, 11)),
+)
+def test_any_tree_is_read_or_refused(tmp_path, files, link):
+    root = tmp_path / "tree"
+    shutil.rmtree(root, ignore_errors=True)
+    for split, folder, name in files:
+        (root / split / folder).mkdir(parents=True, exist_ok=True)
+        (root / split / folder / name).touch()
+    if link is not None and files:
+        source, target = (
+            root / files[place % len(files)][0] / files[place % len(files)][1] for place in link
+        )
+        (source / "link").symlink_to(target)
+    data = ImageFolderDataModule(root=root, **SMALL)
+    result = outcome(lambda: [data.setup(stage) for stage in ("fit", "test")] and data.datasets, root)
+    for dataset in (result.value or {}).values():
+        for name, label in zip(dataset.names, dataset.labels, strict=True):
+            assert name.decode().split("/")[0] == data.class_names[label]
 
 
 def test_unsorted_images(folder_root, tmp_path):

@@ -1,3 +1,7 @@
+import json
+import logging
+import os
+
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
@@ -47,6 +51,42 @@ def test_only_predicts(photos, stage):
 def test_nothing_there(photos, pattern):
     with pytest.raises(FileNotFoundError, match=r"ImagesDataModule: .*photos"):
         ImagesDataModule(root=photos / pattern, **SMALL).setup("predict")
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*", "*/**", "**"])
+def test_loops_end_and_hidden_files_are_left_out(photos, pattern, caplog):
+    for name in ("self", "deep/again"):
+        (photos / name).symlink_to(photos)
+    for name in ("._a.jpg", "__MACOSX/a.jpg", ".thumbnails/c.png", "deep/Thumbs.db"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).touch()
+    data = ImagesDataModule(root=photos / pattern, **SMALL)
+    with caplog.at_level(logging.INFO):
+        data.setup("predict")
+    expected = ["deep/c.webp"] if pattern == "*/**" else ["a.jpg", "b.png", "deep/c.webp"]
+    assert [name.decode() for name in data.datasets["predict"].names] == [
+        str(photos / name) for name in expected
+    ]
+    assert f"{len(expected)} images in" in caplog.text
+    assert "(left out: 4 hidden, 1 other)" in caplog.text
+
+
+def test_a_hidden_file_that_is_named_is_read(photos):
+    (photos / "a.jpg").rename(photos / ".a.jpg")
+    data = ImagesDataModule(root=photos / ".a.jpg", **SMALL)
+    data.setup("predict")
+    assert len(data.datasets["predict"]) == 1
+
+
+def test_names_that_are_not_utf8(photos):
+    """The path travels through a worker, and names the file."""
+    name = os.fsdecode(b"caf\xe9.jpg")
+    (photos / "a.jpg").rename(photos / name)
+    data = ImagesDataModule(root=photos, **{**SMALL, "num_workers": 1})
+    data.setup("predict")
+    (batch,) = data.predict_dataloader()
+    assert str(photos / name) in batch["path"]
+    assert json.loads(json.dumps(batch["path"])) == batch["path"]
 
 
 def test_number_of_classes(photos):

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,11 @@ from callbacks.writers.drawing import (
     caption_font,
     contact_sheet,
     fit_into,
+    open_picture,
     shortened,
     to_pil,
 )
+from datamodules.images import ImagesDataModule
 
 
 def test_to_pil_keeps_colours_and_clips():
@@ -74,3 +78,26 @@ def test_shortened_ends_in_an_ellipsis_and_fits():
     assert text.startswith("a very")
     assert text.endswith("...")
     assert font.getlength(text) <= 100
+
+
+@pytest.mark.parametrize("data", ["none", "of others", "ours"])
+def test_pictures_are_drawn_upright(tmp_path, blob_data, data):
+    datamodule = {"none": None, "of others": blob_data(), "ours": ImagesDataModule()}[data]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter: what is stored has its top on the right
+    stored = np.zeros((40, 24, 3), np.uint8)
+    stored[:, :4] = 255
+    Image.fromarray(stored).save(tmp_path / "x.png", exif=exif)
+    picture = open_picture(SimpleNamespace(datamodule=datamodule), tmp_path / "x.png")
+    assert (picture.size, picture.mode) == ((40, 24), "RGB")
+    assert np.asarray(picture)[:4].min() == 255
+
+
+def test_a_picture_is_drawn_as_its_data_set_had_it(tmp_path):
+    """Deep pictures are not white, and a data set may read in a way of its own."""
+    Image.fromarray(np.full((4, 4), 100 * 257, np.uint16)).save(tmp_path / "x.png")
+    data = ImagesDataModule(root=tmp_path)
+    data.setup("predict")
+    trainer = SimpleNamespace(datamodule=data)
+    assert np.asarray(open_picture(trainer, tmp_path / "x.png")).max() == 100
+    assert np.asarray(open_picture(trainer, "elsewhere", 0)).max() == 100, "the data set knows the file"

@@ -1,16 +1,20 @@
 """Layouts as published, protocols, what an epoch reads, and the errors."""
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
 from datamodules import Degradation, FakeImagesDataModule, FakeImageTransforms
 from datamodules.fake_images.layouts import held_out, in_paper_order, limited, read_layout
 from datamodules.reading import CorruptSampleError
+from tests.fuzzing import fuzz, outcome
 
 COUNTER = itertools.count()
 
@@ -241,6 +245,110 @@ def test_broken_images_are_named_or_left_out_before_sampling(genimage):
     data.setup("fit")
     assert sum(len(data.datasets[split]) for split in ("train", "val")) == 23
     assert not any(b"003.PNG" in name for name in data.datasets["train"].names if b"/ai/" in name)
+
+
+@pytest.mark.parametrize("name", ["train", "progan", "nosuch", "0_real", "000.png"])
+def test_classes_are_folders_below_the_generator(universal, name):
+    """And not the split's own folder, the generator, the label, or a file."""
+    with pytest.raises(
+        MisconfigurationException, match=rf"progan|train.*no class folder {name}; it has car, cat"
+    ):
+        read_layout(universal, "universal", [name])
+    with pytest.raises(MisconfigurationException, match=f"has no class folder {name}; it has car, cat"):
+        read_layout(universal, "universal", ["car", name])
+
+
+def test_a_class_that_is_named_like_the_split(tmp_path):
+    for name in ("train", "car"):  # both are classes of LSUN
+        for kind in ("0_real", "1_fake"):
+            pictures(tmp_path / "train" / name / kind, 2)
+    found = read_layout(tmp_path, "universal", ["train"]).train["progan"]
+    assert [name.split("/")[:2] for name in found.real] == [["train", "train"]] * 2
+
+
+def test_genimage_has_no_classes(genimage):
+    with pytest.raises(MisconfigurationException, match="genimage has no class folders; set classes: null"):
+        module(genimage, dataset="genimage", classes=["car"]).setup("fit")
+
+
+def test_what_is_no_image_of_a_set_is_left_out_and_counted(universal, genimage):
+    for folder in (universal / "train/progan/car/1_fake", genimage / "ADM/train/ai"):
+        picture(folder / "._000.png")
+        picture(folder / "__MACOSX/000.png")
+        picture(folder / "deeper/0.webp")
+        (folder / "notes.txt").touch()
+    found = read_layout(universal, "universal")
+    assert tuple(map(len, found.train["progan"])) == (8, 9)
+    assert (found.left_out.hidden, found.left_out.other) == (2, 1)
+    found = read_layout(genimage, "genimage")
+    assert tuple(map(len, found.train["ADM"])) == (12, 13)
+    assert (found.left_out.hidden, found.left_out.other) == (2, 1)
+
+
+def test_links_to_the_own_folder_add_nothing(universal, genimage):
+    before = [
+        read_layout(root, layout) for root, layout in ((universal, "universal"), (genimage, "genimage"))
+    ]
+    for folder in (
+        universal / "train/progan",
+        universal / "train/progan/car/0_real",
+        genimage / "ADM",
+        genimage / "ADM/train/ai",
+        genimage / "BigGAN/imagenet_ai_0419_biggan",
+    ):
+        for name in ("self", "again"):
+            (folder / name).symlink_to(folder)
+    (genimage / "BigGAN/other").symlink_to(genimage / "BigGAN/imagenet_ai_0419_biggan")
+    after = [read_layout(root, layout) for root, layout in ((universal, "universal"), (genimage, "genimage"))]
+    assert [found[:3] for found in after] == [found[:3] for found in before]
+
+
+NAMES = [
+    "train",
+    "val",
+    "test",
+    "ai",
+    "nature",
+    "0_real",
+    "1_fake",
+    "progan",
+    "car",
+    "cat",
+    ".x",
+    "diffusion_datasets",
+]
+
+
+@fuzz(60)
+@given(
+    layout=st.sampled_from(["universal", "genimage"]),
+    files=st.lists(
+        st.tuples(
+            st.lists(st.sampled_from(NAMES), min_size=1, max_size=5).map("/".join),
+            st.sampled_from(["a.png", "b.JPG", "c.txt", "._d.png"]),
+        ),
+        max_size=12,
+    ),
+    classes=st.none() | st.lists(st.sampled_from(["car", "train", "nosuch"]), max_size=2),
+    link=st.none() | st.tuples(st.integers(0, 11), st.integers(0, 11)),
+)
+def test_any_tree_is_read_or_refused(tmp_path, layout, files, classes, link):
+    """Whatever is read as real lies in a folder of that name."""
+    root = tmp_path / "tree"
+    shutil.rmtree(root, ignore_errors=True)
+    for folder, name in files:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder / name).touch()
+    if link is not None and files:
+        source, target = (root / files[place % len(files)][0] for place in link)
+        (source / "link").symlink_to(target)
+    data = module(root, dataset=layout, classes=classes, val_fraction=0.5)
+    result = outcome(lambda: [data.setup(stage) for stage in ("fit", "test")] and data.datasets)
+    for dataset in (result.value or {}).values():
+        names = [name.decode().split("/") for name in dataset.names]
+        assert len(set(map(tuple, names))) == len(names)
+        for parts, label in zip(names, dataset.truth, strict=True):
+            assert (("nature", "ai") if layout == "genimage" else ("0_real", "1_fake"))[label] in parts[:-1]
 
 
 def test_a_fraction_that_holds_nothing_out(genimage):
