@@ -102,8 +102,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle the folder."""
-        if self.dirpath is None:
-            self.dirpath = str(checkpoint_directory(Path(trainer.default_root_dir)))
+        self.dirpath = str(checkpoints_of(trainer))
         super().setup(trainer, pl_module, stage)
 
         self._validated = False  # since the last write; validation may leave a threshold or a score behind
@@ -133,6 +132,13 @@ class RunCheckpoint(ModelCheckpoint):
         self._validated = False
 
 
+def checkpoints_of(trainer: Trainer) -> Path:
+    """Where the checkpoints of a trainer's run are, whatever `checkpoint.dirpath` says."""
+    writers = (callback for callback in trainer.callbacks if isinstance(callback, RunCheckpoint))  # type: ignore[attr-defined]
+    writer = next(writers, None)
+    return checkpoint_directory(Path(trainer.default_root_dir), None if writer is None else writer.dirpath)
+
+
 def newest_loadable(run: Path, dirpath: str | None = None) -> str | None:
     """The newest checkpoint of a run that can be read; None, with a line of log, when there is none.
 
@@ -142,7 +148,7 @@ def newest_loadable(run: Path, dirpath: str | None = None) -> str | None:
         run: the run's directory (`trainer.default_root_dir`).
         dirpath: folder of the checkpoints, if not the usual one.
     """
-    folder = Path(dirpath) if dirpath else checkpoint_directory(run)
+    folder = checkpoint_directory(run, dirpath)
     found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for path in found:
         try:

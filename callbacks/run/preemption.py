@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from callbacks.run.directory import checkpoint_directory
+from callbacks.run.checkpointing import checkpoints_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -60,7 +59,7 @@ class Preemption(Callback):
         number = self._agree(trainer, pl_module)
         if number == 0:
             return
-        path = checkpoint_directory(Path(trainer.default_root_dir)) / "last.ckpt"
+        path = checkpoints_of(trainer) / "last.ckpt"
         trainer.save_checkpoint(path)
         rank_zero_info(
             f"{signal.Signals(number).name}: saved '{path}' at step {trainer.global_step}, leaving."

@@ -1,12 +1,14 @@
 import os
 import resource
+import signal
 import time
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from callbacks import AtomicCheckpointIO, RunCheckpoint
+from callbacks import AtomicCheckpointIO, Preemption, RunCheckpoint
 from callbacks.run.checkpointing import newest_loadable
 from callbacks.run.directory import checkpoint_directory
 from lightning_modules import ImageClassifier
@@ -118,3 +120,33 @@ def test_auto_takes_the_newest_that_loads(tmp_path):
     (folder / ".last.ckpt.77.partial").write_bytes(b"left by a killed writer")
     with pytest.warns(UserWarning, match=r"truncated.ckpt' is passed over"):
         assert newest_loadable(tmp_path) == str(folder / "new.ckpt")
+
+
+class TermAt(Callback):
+    """Sends this process SIGTERM in an optimiser step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_what_a_signal_saved_is_found_again_wherever_the_user_wants_checkpoints(
+    trainer, blob_data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    module = ImageClassifier("test_vit", 4, model_args={"img_size": 32})
+    callbacks = [RunCheckpoint(dirpath="elsewhere", every_n_train_steps=2), Preemption(), TermAt(2)]
+    with pytest.raises(SystemExit):
+        trainer(enable_checkpointing=True, callbacks=callbacks).fit(module, datamodule=blob_data())
+    found = newest_loadable(tmp_path / "run", "elsewhere")
+    assert found == str(tmp_path / "elsewhere" / "last.ckpt")
+    assert torch.load(found, weights_only=True)["global_step"] == 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_at_an_address_are_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"checkpoint.dirpath is 's3://bucket'"):
+        newest_loadable(tmp_path, "s3://bucket")
