@@ -24,6 +24,7 @@ from callbacks.objective import ObjectiveCallback
 from callbacks.pruning import MagnitudePruning, PruningCallback, RankPruning, RigL
 from callbacks.quantization import CBQ, GPTQ, RTN, QuantizationCallback
 from callbacks.run.checkpointing import AtomicCheckpointIO, RunCheckpoint
+from callbacks.run.lock import RunLock
 from callbacks.run.preemption import Preemption
 from callbacks.run.results import Results
 from callbacks.run.resuming import ExactResume
@@ -74,6 +75,7 @@ __all__ = [
     "Results",
     "RigL",
     "RunCheckpoint",
+    "RunLock",
     "ScoreWriter",
     "StageLogger",
     "TextWriter",

@@ -1,8 +1,9 @@
 """What every run has: a directory, checkpoints, an exact resume, a good end, and a report."""
 
 from callbacks.run.checkpointing import AtomicCheckpointIO, RunCheckpoint
+from callbacks.run.lock import RunLock
 from callbacks.run.preemption import Preemption
 from callbacks.run.results import Results
 from callbacks.run.resuming import ExactResume
 
-__all__ = ["AtomicCheckpointIO", "ExactResume", "Preemption", "Results", "RunCheckpoint"]
+__all__ = ["AtomicCheckpointIO", "ExactResume", "Preemption", "Results", "RunCheckpoint", "RunLock"]
