@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.base import Method, Terms
 from lightning_modules.parts.normalize import register_normalization
-from lightning_modules.parts.weights import build_network
+from lightning_modules.parts.weights import build_network, weights_origin
 
 
 class ImageClassifier(Method):
@@ -66,6 +66,7 @@ class ImageClassifier(Method):
         super().__init__(**kwargs)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.network = build_network(model, weights, num_classes, **(model_args or {}))
+        self.weights_origin = weights_origin(self.network, model, weights)
         if compile:
             self.network.compile()
         self.num_classes = num_classes

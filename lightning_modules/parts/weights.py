@@ -5,7 +5,7 @@ accounted for.
 import argparse
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,20 @@ def build_network(
     if weights is not None and weights != "pretrained":
         load_weights(network, weights, from_timm_065)
     return network
+
+
+def weights_origin(network: nn.Module, name: str, weights: str | Path | None) -> str:
+    """Where the weights of a network that `build_network` made are from, for `Method.weights_origin`.
+
+    timm leaves a classifier of another width than the pretrained one as it is: random.
+    """
+    if weights is None:
+        return "random"
+    if weights != "pretrained":
+        return f"file: {weights}"
+    known = getattr(network, "pretrained_cfg", {}).get("num_classes")
+    same = known == getattr(network, "num_classes", None)
+    return f"pretrained: {name}" if same else f"random head on pretrained: {name}"
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -123,7 +137,14 @@ def load_weights(
     state = state_dict_of(read_checkpoint(path))
     if convert is not None:
         state = convert(state)
-    own = network.state_dict()
+    fault = state_fault(network.state_dict(), state)
+    if fault:
+        raise MisconfigurationException(f"'{path}' does not fit {type(network).__name__}: {fault}.")
+    network.load_state_dict(state)
+
+
+def state_fault(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Why `state` cannot be loaded strictly where `own` is: the first keys of each kind; empty if it can."""
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     shapes = [
@@ -131,10 +152,5 @@ def load_weights(
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    if missing or unexpected or shapes:
-        faults = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-        listed = "; ".join(
-            f"{len(keys)} {kind}: {', '.join(keys[:5])}" for kind, keys in faults.items() if keys
-        )
-        raise MisconfigurationException(f"'{path}' does not fit {type(network).__name__}: {listed}.")
-    network.load_state_dict(state)
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    return "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:5])}" for kind, keys in faults.items() if keys)
