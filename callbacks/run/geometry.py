@@ -93,7 +93,7 @@ def convert_counters(trainer: Trainer, saved: dict[str, Any] | None, waiting: bo
     before = None if saved is None else Geometry(**saved)
     if now is None or before is None or now.divides_alike(before):
         return False
-    epochs = trainer.fit_loop.epoch_progress.current
+    epochs: Any = trainer.fit_loop.epoch_progress.current
     inside = epochs.ready > epochs.processed
     batches = _convert_batches(trainer, before, now, waiting) if inside else 0
     steps = batches / now.accumulate_grad_batches
@@ -112,7 +112,8 @@ def _convert_batches(trainer: Trainer, before: Geometry, now: Geometry, waiting:
             f"The checkpoint was written inside an epoch with {before}; this run has {now}, and its loaders "
             "cannot go on there: resume with the same."
         )
-    progress, done = loop.batch_progress, loop.batch_progress.current.processed
+    progress: Any = loop.batch_progress
+    done = progress.current.processed
     if progress.is_last_batch or done >= before.batches:
         _count(progress, int(now.batches))
         return int(now.batches)
@@ -132,7 +133,7 @@ def _convert_batches(trainer: Trainer, before: Geometry, now: Geometry, waiting:
     )
     loaders[0].load_state_dict({**loaders[0].state_dict(), "samples": int(now.batches) * now.samples})
     if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
-        validation = loop.val_loop.batch_progress
+        validation: Any = loop.val_loop.batch_progress
         counts = validation.total.completed
         validation.total.ready = validation.total.started = counts + 1
         validation.total.processed = counts
@@ -165,4 +166,5 @@ def _convert_schedules(trainer: Trainer, before: Geometry, now: Geometry, steps:
                 "with the same, let it step by epochs (lr_interval: epoch), or use WarmupSchedule, which "
                 "is converted."
             )
-        config.scheduler.step(trainer.fit_loop.epoch_progress.current.processed * int(now.steps) + steps)
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        config.scheduler.step(epochs.processed * int(now.steps) + steps)

@@ -20,7 +20,7 @@ class PlateauSteps:
 
     def state(self, trainer: Trainer) -> dict[str, Any]:
         """For a checkpoint that is written now."""
-        epochs = trainer.fit_loop.epoch_progress.current
+        epochs: Any = trainer.fit_loop.epoch_progress.current
         ended = epochs.processed > epochs.completed
         return {
             "metrics": {name: value for name, _, value in self._monitored(trainer)},
@@ -43,7 +43,7 @@ class PlateauSteps:
         due, self._due = self._due, []
         for number, value in due:
             scheduler = trainer.lr_scheduler_configs[number].scheduler
-            trainer.lightning_module.lr_scheduler_step(scheduler, torch.tensor(value))  # type: ignore[arg-type]
+            trainer.lightning_module.lr_scheduler_step(scheduler, torch.tensor(value))
 
     def _steps(self, trainer: Trainer) -> list[tuple[int, float]]:
         """The steps at the end of this epoch."""

@@ -50,7 +50,7 @@ class AveragedWeights(AveragedModel):
 
     def _average(self, average: Tensor, values: Tensor, count: Tensor) -> None:
         if self.multi_avg_fn is not None:
-            self.multi_avg_fn([average], [values], count)  # type: ignore[arg-type]
+            self.multi_avg_fn([average], [values], count)
         elif self.avg_fn is not None:
             average.copy_(self.avg_fn(average, values, count))
         else:
