@@ -18,8 +18,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 import callbacks as _callbacks  # noqa: F401  (its classes get their short names by being imported)
 import datamodules as _datamodules  # noqa: F401
 import lightning_modules as _lightning_modules  # noqa: F401
-from callbacks.run.checkpointing import AtomicCheckpointIO, RunCheckpoint, newest_loadable
+from callbacks.run.checkpointing import AtomicCheckpointIO, RunCheckpoint, chosen_checkpoint
 from callbacks.run.directory import run_directory
+from callbacks.run.lock import RunLock
 from callbacks.run.log_lines import LogLines
 from callbacks.run.preemption import Preemption
 from callbacks.run.results import Results
@@ -88,9 +89,9 @@ class FeatherlightCLI(LightningCLI):
             config.trainer.default_root_dir = os.path.join(config.trainer.default_root_dir, subfolder)
             if config.checkpoint.dirpath is not None:
                 config.checkpoint.dirpath = os.path.join(config.checkpoint.dirpath, subfolder)
-        if config.get("ckpt_path") == "auto":
-            directory = Path(config.trainer.default_root_dir)
-            config.ckpt_path = newest_loadable(directory, config.checkpoint.dirpath)
+        if self.subcommand:
+            directory, folder = Path(config.trainer.default_root_dir), config.checkpoint.dirpath
+            config.ckpt_path = chosen_checkpoint(self.subcommand, config.ckpt_path, directory, folder)
 
     def instantiate_classes(self) -> None:
         """Build everything; what a constructor objects to is reported in its own words."""
@@ -172,7 +173,7 @@ def make_cli(arguments: list[str] | None, run: bool = True, with_trainer: bool =
         subclass_mode_data=True,
         save_config_callback=SaveRunConfig,
         save_config_kwargs={"save_to_log_dir": False},
-        trainer_defaults={"callbacks": [ExactResume(), Results()]},
+        trainer_defaults={"callbacks": [RunLock(), ExactResume(), Results()]},
         seed_everything_default=0,
         auto_configure_optimizers=False,
         args=arguments,

@@ -25,6 +25,7 @@ from callbacks.objective import ObjectiveCallback
 from callbacks.pruning import MagnitudePruning, PruningCallback, RankPruning, RigL
 from callbacks.quantization import CBQ, GPTQ, RTN, QuantizationCallback
 from callbacks.run.checkpointing import AtomicCheckpointIO, RunCheckpoint
+from callbacks.run.lock import RunLock
 from callbacks.run.log_lines import LogLines
 from callbacks.run.preemption import Preemption
 from callbacks.run.results import Results
@@ -77,6 +78,7 @@ __all__ = [
     "Results",
     "RigL",
     "RunCheckpoint",
+    "RunLock",
     "ScoreWriter",
     "StageLogger",
     "Teacher",

@@ -3,19 +3,21 @@ epoch.
 
 The order of an epoch is a function of the seed and the epoch, and the random transform of a sample is a
 function of the seed, the epoch and the sample. So the workers, the ranks, an interruption and the number of
-batches that were drawn before change nothing, and nothing but (epoch, batches) has to be kept in a
-checkpoint.
+batches that were drawn before change nothing, and nothing but (epoch, samples) has to be kept in a
+checkpoint: a run may go on with another batch size or number of ranks.
 """
 
 import random
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from hashlib import blake2b
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate, get_worker_info
 
@@ -201,8 +203,12 @@ class ResumableLoader(DataLoader[Any]):
     """A DataLoader that can be saved in the middle of an epoch and goes on with the very next batch.
 
     Lightning keeps ``state_dict`` in its checkpoints and hands it back to ``load_state_dict`` before the
-    first batch. The batches that were handed out are then skipped in the sampler: nothing is read for them.
+    first batch. What was handed out is then skipped in the sampler: nothing is read for it.
     ``len`` stays the length of the whole epoch, as Lightning's counters go on where they were.
+
+    A state counts the samples of all ranks, so the loader that takes it may have another batch size or number
+    of ranks. Its batches stay those of a whole epoch of its own; where the state stands within one of them,
+    the first batch is what is left of that one, and is read in this process.
 
     A state belongs to an epoch: when the sampler has moved on to another epoch the iteration starts at its
     first batch. An epoch that was complete yields nothing more, and the next iteration is a whole one again.
@@ -224,18 +230,45 @@ class ResumableLoader(DataLoader[Any]):
             options["generator"] = torch.Generator().manual_seed(0)
         super().__init__(dataset, **options)
         self._epoch_end = epoch_end
-        self._state = {"epoch": 0, "batches": 0}
+        self._state = {"epoch": 0, "batches": 0, "seen": 0}
+        self._began = 0
         self._resume: dict[str, int] | None = None
 
+    @property
+    def ranks(self) -> int:
+        """Number of processes that share the epoch."""
+        return int(getattr(self.sampler, "num_replicas", 0)) or default_ranks()[1]
+
+    @property
+    def global_batch(self) -> int:
+        """Samples that all ranks see in one batch; batches are counted where they have no fixed size."""
+        return (self.batch_size or 1) * self.ranks
+
     def state_dict(self) -> dict[str, int]:
-        """``{"epoch": of the sampler, "batches": handed out in this epoch}``."""
-        return dict(self._state)
+        """``{"epoch": of the sampler, "samples": handed out in this epoch, on all ranks}``, and the
+        ``batch_size`` and ``ranks`` that they were handed out with.
+        """
+        samples = self._state["batches"] * self.global_batch + self._state["seen"]
+        samples = min(samples, getattr(self.sampler, "total_size", samples))  # a last batch may be short
+        size = self.batch_size or 1
+        return {"epoch": self._state["epoch"], "samples": samples, "batch_size": size, "ranks": self.ranks}
+
+    def samples_after(self, batches: int) -> int:
+        """How many samples are handed out after so many batches of the epoch that is under way."""
+        return max(batches * self.global_batch, self._began)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Makes the next iteration go on after ``state["batches"]`` batches if it is in
-        ``state["epoch"]``.
+        """Makes the next iteration go on after ``state["samples"]`` samples if it is in ``state["epoch"]``.
+
+        States of former versions count ``batches`` of this loader's own size.
+
+        Raises:
+            MisconfigurationException: the state stands within a batch of this loader, and what is left of
+                that is too little for all ranks, or the sampler cannot skip samples.
         """
-        self._resume = {"epoch": int(state["epoch"]), "batches": int(state["batches"])}
+        samples = int(state["samples"]) if "samples" in state else int(state["batches"]) * self.global_batch
+        batches, seen = self._position(samples, state)
+        self._resume = {"epoch": int(state["epoch"]), "batches": batches, "seen": seen}
         self._state = dict(self._resume)
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(self._resume["epoch"])
@@ -245,35 +278,79 @@ class ResumableLoader(DataLoader[Any]):
 
     def _batches(self) -> Iterator[Any]:
         epoch = int(getattr(self.sampler, "epoch", 0))
-        start = self._first_batch(epoch)
-        self._state = state = {"epoch": epoch, "batches": start}
+        start, seen = self._first_batch(epoch)
+        self._state = state = {"epoch": epoch, "batches": start, "seen": seen}
+        self._began = start * self.global_batch + seen
         length = sized_len(self)
         try:
-            for batch in self._from(start):
+            for batch in self._from(start, seen):
                 state["batches"] += 1
+                state["seen"] = 0
                 if state["batches"] == length:
                     self._report()
                 yield batch
         finally:
             self._report()
 
-    def _first_batch(self, epoch: int) -> int:
+    def _position(self, samples: int, state: dict[str, int]) -> tuple[int, int]:
+        """Whole batches among an epoch's first ``samples``, and how many more of them are seen."""
+        batches, seen = divmod(samples, self.global_batch)
+        length, total = sized_len(self), getattr(self.sampler, "total_size", None)
+        if length is not None and (batches >= length or (total is not None and samples >= total)):
+            return length, 0
+        if not seen:
+            return batches, 0
+        left = self.global_batch - seen if total is None else min(self.global_batch - seen, total - samples)
+        if left < self.ranks or not self._skips:
+            reason = f"what is left of one is too little for {self.ranks} ranks" * (left < self.ranks)
+            raise MisconfigurationException(
+                f"The checkpoint was written after {samples} samples of an epoch, with batch_size "
+                f"{state['batch_size']} on {state['ranks']} ranks. With batch_size {self.batch_size} on "
+                f"{self.ranks} that is no whole number of batches, and "
+                f"{reason or 'the sampler cannot skip samples'}: resume with a batch_size whose product with "
+                f"the number of ranks divides {samples}."
+            )
+        return batches, seen
+
+    @property
+    def _skips(self) -> bool:
+        return self.batch_size is not None and hasattr(self.sampler, "start_at")
+
+    def _first_batch(self, epoch: int) -> tuple[int, int]:
         resume, self._resume = self._resume, None
         if resume is None or resume["epoch"] != epoch:
-            return 0
+            return 0, 0
         length = sized_len(self)
         complete = length is not None and resume["batches"] >= length
-        return 0 if complete and not hasattr(self.sampler, "epoch") else resume["batches"]
+        if complete and not hasattr(self.sampler, "epoch"):
+            return 0, 0
+        return resume["batches"], resume["seen"]
 
-    def _from(self, start: int) -> Iterator[Any]:
-        if start and self.batch_size is not None and hasattr(self.sampler, "start_at"):
-            self.sampler.start_at(start * self.batch_size)
+    def _from(self, start: int, seen: int) -> Iterator[Any]:
+        if seen:
+            return self._from_within(start, seen)
+        if start and self._skips:
+            self.sampler.start_at(start * (self.batch_size or 1))  # type: ignore[attr-defined]
             start = 0
         with deaf_workers(self):
             batches = super().__iter__()
         for _ in range(start):  # a sampler that cannot skip: read and forget
             next(batches, None)
         return batches
+
+    def _from_within(self, start: int, seen: int) -> Iterator[Any]:
+        yield self._rest_of_batch(start, seen)
+        yield from self._from(start + 1, 0)  # not before it is asked for: it places the sampler
+
+    def _rest_of_batch(self, number: int, seen: int) -> Any:
+        """This rank's part of a batch of which all ranks together have ``seen`` samples already."""
+        sampler: Any = self.sampler
+        size = self.batch_size or 1
+        first = -(-(number * self.global_batch + seen - sampler.rank) // self.ranks)
+        sampler.start_at(first)
+        keys = list(islice(sampler, (number + 1) * size - first))
+        read = getattr(self.dataset, "__getitems__", lambda keys: [self.dataset[key] for key in keys])
+        return self.collate_fn(read(keys))
 
     def _report(self) -> None:
         if self._epoch_end is not None:

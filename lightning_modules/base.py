@@ -5,19 +5,23 @@ from functools import partial
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_modules.parts.averaging import average_weights_only
 from lightning_modules.parts.contracts import HasRoot, datamodule_of, optional
 from lightning_modules.parts.finite import FiniteGuard, verify_outputs
+from lightning_modules.parts.modes import train_what_is_trained
+from lightning_modules.parts.optimizers import SavedOptimizer, optimizer_fault, saved_optimizers
 from lightning_modules.parts.reproducibility import seed_step
-from lightning_modules.parts.schedules import WarmupSchedule
+from lightning_modules.parts.schedules import WarmupSchedule, fixed_length
 from lightning_modules.parts.selection import match
+from lightning_modules.parts.weights import state_fault
 
 Terms: TypeAlias = dict[str, Tensor]
 
@@ -33,6 +37,10 @@ class Method(LightningModule):
 
     Every training step starts from random state seeded by (seed, epoch, batch, rank), so that a resumed run
     draws the numbers that the uninterrupted one would have drawn.
+
+    `weights_origin` says where the weights are from, for reports: `random` (also with what follows, such as
+    `random head on pretrained: resnet18`) until something was loaded or trained, then `pretrained: NAME`,
+    `file: PATH`, `checkpoint` or `trained`. A method that loads weights in its constructor says so there.
 
     Args:
         optimizer: any torch or timm optimiser class with its arguments; None is AdamW at 1e-3. (A class as
@@ -71,7 +79,9 @@ class Method(LightningModule):
         self.decay_1d = decay_1d
         self.objectives = nn.ModuleDict()
         self._objective_optimizers: dict[str, str | None] = {}
+        self.weights_origin = "random"
         self._finite = FiniteGuard()
+        self._saved_optimizers: list[SavedOptimizer] | None = None
 
     # What a method fills in
 
@@ -86,6 +96,28 @@ class Method(LightningModule):
     def losses(self, outputs: dict[str, Tensor], batch: Any) -> Terms:
         """Named, weighted scalar terms of the method's own loss."""
         raise MisconfigurationException(f"{type(self).__name__} must define `losses(outputs, batch)`.")
+
+    # The run
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Add none; make those that average weights average nothing else."""
+        average_weights_only(self.trainer)
+        return []
+
+    def on_fit_start(self) -> None:
+        """Train in training mode, whichever mode the network came in; refuse another optimiser's checkpoint.
+
+        Raises:
+            MisconfigurationException: the checkpoint that is resumed has other optimisers.
+        """
+        train_what_is_trained(self)
+        saved, self._saved_optimizers = self._saved_optimizers, None
+        if saved is not None and (fault := optimizer_fault(saved, self.trainer.optimizers)):
+            raise MisconfigurationException(
+                f"The checkpoint '{self.trainer.ckpt_path}' was written with another optimizer: {fault}. "
+                "Resume with the same `model.init_args.optimizer`, or start from its weights alone "
+                "(`model.init_args.weights`)."
+            )
 
     # The step
 
@@ -127,6 +159,11 @@ class Method(LightningModule):
     def on_after_backward(self) -> None:
         """Stop before a non-finite loss reaches the weights."""
         self._finite.verify()
+
+    def on_train_end(self) -> None:
+        """Whatever the weights were, they are trained now."""
+        if self.trainer.global_step:
+            self.weights_origin = "trained"
 
     def _data_source(self) -> str:
         datamodule = datamodule_of(self.trainer)
@@ -251,12 +288,30 @@ class Method(LightningModule):
         one.
         """
         scheduler: LRScheduler | ReduceLROnPlateau = factory(optimizer)
+        self._compare_length(scheduler)
         if isinstance(scheduler, ReduceLROnPlateau):
             return {"scheduler": scheduler, "monitor": scheduler.monitor, "interval": "epoch"}
         if isinstance(scheduler, WarmupSchedule):
             scheduler.bind(*self._horizon())
             return {"scheduler": scheduler, "interval": scheduler.interval}
         return {"scheduler": scheduler, "interval": self.lr_interval}
+
+    def _compare_length(self, scheduler: LRScheduler | ReduceLROnPlateau) -> None:
+        """Announce a schedule whose length was fixed for a run of another length."""
+        option, length = fixed_length(scheduler) or ("", 0)
+        if not option or self._trainer is None:
+            return
+        by_epoch = self.lr_interval == "epoch" or isinstance(scheduler, WarmupSchedule)
+        unit = "epochs" if by_epoch else "optimiser steps"
+        limit = self.trainer.max_epochs if by_epoch else self.trainer.estimated_stepping_batches
+        if by_epoch and self.trainer.max_steps != -1 and (limit or -1) < 1:
+            return  # a run of so many steps has no number of epochs
+        tolerance = 0 if by_epoch else 1  # OneCycleLR objects to the last step of a run of `total_steps`
+        if limit is not None and 0 < limit < float("inf") and abs(limit - length) > tolerance:
+            rank_zero_warn(
+                f"lr_scheduler {type(scheduler).__name__}: its {option} makes it {length:g} {unit} long, but "
+                f"this run has {limit:g}: the rate does not end where the schedule does."
+            )
 
     def _horizon(self) -> tuple[int, int]:
         """Epochs of the run and optimiser steps in one of them."""
@@ -273,7 +328,11 @@ class Method(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only plain hyper-parameters, so that the file loads with `weights_only=True`."""
+        """Keep only plain hyper-parameters, so that the file loads with `weights_only=True`; name the
+        optimisers.
+        """
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizers"] = [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
         if "hyper_parameters" in checkpoint:
             checkpoint["hyper_parameters"] = _plain(dict(checkpoint["hyper_parameters"]))
 
@@ -281,6 +340,7 @@ class Method(LightningModule):
         """Drop the state of objectives that are not attached now; ask for the callbacks of those that are
         missing.
         """
+        self.weights_origin = "checkpoint"
         state = checkpoint["state_dict"]
         saved = {key.split(".")[1] for key in state if key.startswith("objectives.")}
         unclaimed = sorted(saved - set(self.objectives))
@@ -299,6 +359,26 @@ class Method(LightningModule):
                 "them. To start "
                 "from its weights, give it as `model.init_args.weights` instead of `ckpt_path`."
             )
+        resumes = self._trainer is not None and self.trainer.state.fn == "fit"
+        self._saved_optimizers = saved_optimizers(checkpoint) if resumes else None
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's.
+
+        Raises:
+            MisconfigurationException: the state is of another model; names the first keys of each kind.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            fault = state_fault(self.state_dict(), state_dict) or str(error)
+            given = None if self._trainer is None else self.trainer.ckpt_path
+            source = "The state" if given is None else f"The checkpoint '{given}'"
+            raise MisconfigurationException(
+                f"{source} is not of this {type(self).__name__}: {fault}."
+            ) from error
 
 
 _PLAIN: tuple[type, ...] = (str, int, float, bool, type(None), Tensor)

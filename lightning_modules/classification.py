@@ -14,7 +14,7 @@ from lightning_modules.base import Method, Terms
 from lightning_modules.parts.contracts import HasNumClasses, datamodule_of, optional
 from lightning_modules.parts.inference import CLASSIFIER
 from lightning_modules.parts.normalize import normalized, register_normalization, restored, trained_statistics
-from lightning_modules.parts.weights import build_network
+from lightning_modules.parts.weights import build_network, weights_origin
 
 
 class ImageClassifier(Method):
@@ -70,6 +70,7 @@ class ImageClassifier(Method):
         super().__init__(**kwargs)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.network = build_network(model, weights, num_classes, **(model_args or {}))
+        self.weights_origin = weights_origin(self.network, model, weights)
         if compile:
             self.network.compile()
         self.num_classes = num_classes

@@ -265,6 +265,7 @@ class CausalLanguageModel(Method):
             return
         if self.model_args is None:
             self.network = load_language_model(self.model, self.dtype_of_weights)
+            self.weights_origin = f"pretrained: {self.model}"
         else:
             self.network = build_language_model(self.model, self.model_args, len(self.tokenizer))
 

@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import json
 import subprocess
 import sys
 import time
@@ -66,7 +67,7 @@ def test_all_four_commands_on_one_recipe(featherlight, recipe, tmp_path):
     # the saved configuration is itself a recipe
     tested = featherlight("test", "--config", run / "config_fit.yaml", "--ckpt_path", "auto")
     assert "test/top1" in tested.stdout
-    assert (run / "results.json").is_file()
+    assert json.loads((run / "results.json").read_text())["weights"].startswith("checkpoint: runs/recipe/")
     featherlight(
         "predict", "--config", recipe, "--ckpt_path", "auto", "--trainer.callbacks+", "ClassificationWriter"
     )
@@ -88,6 +89,32 @@ def in_process(tmp_path, monkeypatch, capsys):
         return status, printed.out + printed.err
 
     return call
+
+
+@pytest.mark.parametrize(
+    ("command", "path"), [("validate", "auto"), ("test", "auto"), ("predict", "auto"), ("test", "last")]
+)
+def test_only_fit_starts_without_the_checkpoint_that_was_asked_for(
+    in_process, recipe, tmp_path, command, path
+):
+    folder = tmp_path / "runs" / "recipe" / "checkpoints"
+    folder.mkdir(parents=True)
+    if path == "auto":
+        (folder / "last.ckpt").write_bytes(b"not a checkpoint")
+    status, printed = in_process(command, "--config", recipe, "--ckpt_path", path)
+    assert status == 2
+    assert f"error: {command} --ckpt_path {path}: there is no " in printed
+    assert "runs/recipe/checkpoints" in printed
+    assert not list((tmp_path / "runs" / "recipe").glob("results*"))
+
+
+def test_random_weights_are_called_random(in_process, recipe, tmp_path):
+    status, printed = in_process("test", "--config", recipe)
+    assert status == 0
+    assert "random weights: neither trained nor loaded" in " ".join(printed.split())
+    assert json.loads((tmp_path / "runs/recipe/results.json").read_text())["weights"] == "random"
+    with pytest.warns(UserWarning, match="predict: the weights are random: neither trained nor loaded"):
+        in_process("predict", "--config", recipe)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,18 @@
 """What every run has: a directory, checkpoints, an exact resume, a good end, a log and a report."""
 
 from callbacks.run.checkpointing import AtomicCheckpointIO, RunCheckpoint
+from callbacks.run.lock import RunLock
 from callbacks.run.log_lines import LogLines
 from callbacks.run.preemption import Preemption
 from callbacks.run.results import Results
 from callbacks.run.resuming import ExactResume
 
-__all__ = ["AtomicCheckpointIO", "ExactResume", "LogLines", "Preemption", "Results", "RunCheckpoint"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "ExactResume",
+    "LogLines",
+    "Preemption",
+    "Results",
+    "RunCheckpoint",
+    "RunLock",
+]

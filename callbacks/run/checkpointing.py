@@ -1,10 +1,15 @@
 """Checkpoints that survive: written atomically, kept by default, found again by `--ckpt_path auto`."""
 
+import math
 import os
-from contextlib import suppress
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -31,24 +36,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: the disk is full or the folder not writable; names the path and says what is left.
         """
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            kept = (
-                f"the previous '{target.name}' is intact"
-                if target.exists()
-                else "no file of that name was there"
-            )
-            raise OSError(f"The checkpoint '{target}' could not be written ({error}); {kept}.") from error
+        with _put_in_place(Path(path)) as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(
         self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
@@ -57,8 +46,35 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path))
 
 
+@contextmanager
+def _put_in_place(target: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which becomes `target` once it is whole and on the disk, or is removed.
+
+    Raises:
+        OSError: it could not be written; says what is left.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        left = (
+            f"the previous '{target.name}' is intact" if target.exists() else "no file of that name was there"
+        )
+        raise OSError(f"The checkpoint '{target}' could not be written ({error}); {left}.") from error
+
+
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint in `<run>/checkpoints`, with a `last.ckpt` that is always there.
+
+    What a run that was killed left behind is made good by the one that resumes: `last.ckpt` where the kill
+    came between it and the last kept checkpoint, and checkpoints that should have made room for others.
 
     Args:
         dirpath: None is `checkpoints` in the run's directory.
@@ -102,11 +118,17 @@ class RunCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle the folder."""
-        if self.dirpath is None:
-            self.dirpath = str(checkpoint_directory(Path(trainer.default_root_dir)))
+        self.dirpath = str(checkpoints_of(trainer))
         super().setup(trainer, pl_module, stage)
 
         self._validated = False  # since the last write; validation may leave a threshold or a score behind
+        self._started = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove what an earlier, killed run of this one should have removed."""
+        super().on_train_start(trainer, pl_module)
+        self._started = True
+        self._remove_orphans(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What was saved before knows nothing of this validation."""
@@ -124,6 +146,47 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_end(trainer, pl_module)
         self._bring_last_up_to_date(trainer)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where the run was over before it began: make `last.ckpt` what the run went on from.
+
+        A kill after the last kept checkpoint was written and before `last.ckpt` was leaves that to do.
+        """
+        source = trainer.ckpt_path
+        if self._started or not self.save_last or source is None or not trainer.is_global_zero:
+            return
+        source, last = Path(source), Path(str(self.dirpath), f"{self.CHECKPOINT_NAME_LAST}.ckpt")
+        inside = source.is_file() and source.resolve().parent == last.parent.resolve()
+        if inside and not last.is_dir() and _is_behind(last, source, trainer.global_step):
+            with _put_in_place(last) as file, open(source, "rb") as content:
+                shutil.copyfileobj(content, file, 1 << 20)
+            rank_zero_info(f"'{last}' was not up to date: it is a copy of '{source}' now.")
+
+    def _remove_orphans(self, trainer: Trainer) -> None:
+        """Delete checkpoints of this run that a kill kept from being deleted, see `save_top_k`.
+
+        Only what this callback wrote, under a name of its own making, no later than where the run goes on.
+        """
+        source = trainer.ckpt_path
+        if source is None or self.save_top_k < 0 or not trainer.is_global_zero:
+            return
+        folder = Path(str(self.dirpath))
+        if Path(source).resolve().parent != folder.resolve():
+            return
+        known = {
+            Path(path).name for path in (self.best_model_path, self.last_model_path, *self.best_k_models)
+        }
+        pattern = _pattern_of(self.filename or "{epoch}-{step}")
+        for path in sorted(folder.glob("*.ckpt")):
+            if path.name in known | {Path(source).name} or not pattern.fullmatch(path.stem):
+                continue
+            contents = _peek(path)
+            ours = self.state_key in contents.get("callbacks", {})
+            if ours and contents.get("global_step", math.inf) <= trainer.global_step:
+                path.unlink(missing_ok=True)
+                rank_zero_info(
+                    f"'{path}' is removed: a killed run left it, and save_top_k is {self.save_top_k}."
+                )
+
     def _bring_last_up_to_date(self, trainer: Trainer) -> None:
         if self.save_last and (self._validated or self._last_global_step_saved != trainer.global_step):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -133,25 +196,100 @@ class RunCheckpoint(ModelCheckpoint):
         self._validated = False
 
 
-def newest_loadable(run: Path, dirpath: str | None = None) -> str | None:
-    """The newest checkpoint of a run that can be read; None, with a line of log, when there is none.
+def checkpoints_of(trainer: Trainer) -> Path:
+    """Where the checkpoints of a trainer's run are, whatever `checkpoint.dirpath` says."""
+    writers = (callback for callback in trainer.callbacks if isinstance(callback, RunCheckpoint))  # type: ignore[attr-defined]
+    writer = next(writers, None)
+    return checkpoint_directory(Path(trainer.default_root_dir), None if writer is None else writer.dirpath)
 
-    A file that cannot be read is named in a warning and passed over.
+
+def chosen_checkpoint(command: str, given: str | None, run: Path, dirpath: str | None = None) -> str | None:
+    """What `--ckpt_path` means for a command: only `fit` may start without a checkpoint that was asked for.
+
+    Args:
+        command: `fit`, `validate`, `test` or `predict`.
+        given: `auto` (see `newest_loadable`), `last`, or anything else, which is left alone.
+        run: the run's directory.
+        dirpath: `checkpoint.dirpath`.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, and weights are to be evaluated.
+    """
+    folder = checkpoint_directory(run, dirpath)
+    if given == "last" and command != "fit" and not (folder / "last.ckpt").exists():
+        raise FileNotFoundError(f"{command} --ckpt_path last: there is no '{folder / 'last.ckpt'}'.")
+    if given != "auto":
+        return given
+    path = newest_loadable(run, dirpath)
+    if path is not None:
+        rank_zero_info(f"ckpt_path auto: going on from '{path}'.")
+    elif command == "fit":
+        rank_zero_info(f"ckpt_path auto: no checkpoint in '{folder}', starting fresh.")
+    else:
+        raise FileNotFoundError(
+            f"{command} --ckpt_path auto: there is no checkpoint in '{folder}' that can be read. Train first "
+            "(`featherlight fit`), name a file, or leave --ckpt_path out to use the model's own weights."
+        )
+    return path
+
+
+def newest_loadable(run: Path, dirpath: str | None = None) -> str | None:
+    """The newest checkpoint of a run that can be read; None when there is none.
+
+    A file that cannot be read is named in a warning and passed over. To be sure, every byte of it is read and
+    compared with the checksums that torch writes (about a second a gigabyte), newest file first, until one is
+    whole; sharded checkpoints are folders, and are taken as they are.
 
     Args:
         run: the run's directory (`trainer.default_root_dir`).
         dirpath: folder of the checkpoints, if not the usual one.
     """
-    folder = Path(dirpath) if dirpath else checkpoint_directory(run)
+    folder = checkpoint_directory(run, dirpath)
     found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for path in found:
         try:
             if path.is_file():
-                torch.load(path, map_location="meta", weights_only=True, mmap=True)
+                _verify(path)
         except Exception as error:  # any damage at all disqualifies the file, and the user is told
             rank_zero_warn(f"ckpt_path auto: '{path}' is passed over, it cannot be read: {error}")
             continue
-        rank_zero_info(f"ckpt_path auto: going on from '{path}'.")
         return str(path)
-    rank_zero_info(f"ckpt_path auto: no checkpoint in '{folder}', starting fresh.")
     return None
+
+
+def _verify(path: Path) -> None:
+    """Read all of a checkpoint file.
+
+    Raises:
+        Exception: whatever torch says of a file that it cannot read, or `BadZipFile` for a wrong checksum.
+    """
+    torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise zipfile.BadZipFile(f"the checksum of its part '{broken}' is wrong")
+
+
+def _peek(path: Path) -> dict[str, Any]:
+    """A checkpoint without its tensors' values; empty if it cannot be read."""
+    try:
+        contents = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except Exception:  # whatever is wrong with it, it says nothing
+        return {}
+    return contents if isinstance(contents, dict) else {}
+
+
+def _is_behind(last: Path, source: Path, step: int) -> bool:
+    """Whether `last` is missing, damaged, or older than `source`, a checkpoint of optimiser step `step`."""
+    try:
+        _verify(last)
+    except Exception:  # any damage
+        return True
+    saved = _peek(last).get("global_step", -1)
+    return saved < step or (saved == step and last.stat().st_mtime_ns < source.stat().st_mtime_ns)
+
+
+def _pattern_of(filename: str) -> re.Pattern[str]:
+    """What the names look like that Lightning makes of a template such as `{epoch}-{val/loss:.2f}`."""
+    literals = re.split(r"\{[^}]*\}", filename)
+    return re.compile(".+".join(map(re.escape, literals)))

@@ -110,6 +110,20 @@ def _exchanged(first: Path, second: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
 
 
-def checkpoint_directory(run: Path) -> Path:
-    """Where a run's checkpoints are."""
-    return run / "checkpoints"
+def checkpoint_directory(run: Path, dirpath: str | os.PathLike | None = None) -> Path:
+    """Where a run's checkpoints are.
+
+    Args:
+        run: the run's directory.
+        dirpath: what the user chose instead (`checkpoint.dirpath`), relative to the working directory.
+
+    Raises:
+        MisconfigurationException: `dirpath` is an address such as `s3://...`.
+    """
+    if dirpath is None:
+        return run / "checkpoints"
+    if "://" in str(dirpath):
+        raise MisconfigurationException(
+            f"checkpoint.dirpath is '{dirpath}': checkpoints need a local directory."
+        )
+    return Path(os.path.realpath(os.path.expanduser(dirpath)))

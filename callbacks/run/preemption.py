@@ -5,7 +5,6 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
@@ -15,7 +14,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from callbacks.run.directory import checkpoint_directory
+from callbacks.run.checkpointing import checkpoints_of
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 """The later one wins where both arrive: who cancels a job does not want it requeued."""
@@ -160,7 +159,7 @@ class Preemption(Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):  # the averages stand in the model's place
                     callback.on_validation_epoch_end(trainer, pl_module)
-        path = checkpoint_directory(Path(trainer.default_root_dir)) / "last.ckpt"
+        path = checkpoints_of(trainer) / "last.ckpt"
         with torch.inference_mode(False):  # a validation's
             trainer.save_checkpoint(path)
         self._leave(number, f"saved '{path}' at step {trainer.global_step}, leaving")

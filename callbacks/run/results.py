@@ -13,12 +13,15 @@ from typing import Any, Protocol, runtime_checkable
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from callbacks.run.device import device_name
 from callbacks.run.directory import run_directory, write_json
 from callbacks.run.escaping import printable
+from lightning_modules.base import Method
 
-RESERVED = ("stage", "metrics", "device", "versions", "checkpoint", "seed", "date")
+UNTRAINED = "neither trained nor loaded"
+RESERVED = ("stage", "metrics", "device", "versions", "checkpoint", "weights", "seed", "date")
 
 
 @runtime_checkable
@@ -46,8 +49,11 @@ class Results(Callback):
 
     Prints one table and writes `results.json` (after `test`) or `results_validate.json` (after `validate`)
     into the run directory: `stage`, `metrics`, one key a reporting callback, `device`, `versions`,
-    `checkpoint`, `seed`, `date`. Numbers are raw in the file; those that are not finite become null, as JSON
-    has no word for them.
+    `checkpoint`, `weights`, `seed`, `date`. Numbers are raw in the file; those that are not finite become
+    null, as JSON has no word for them.
+
+    `weights` says where they are from: `random`, `pretrained: NAME`, `file: PATH`, `checkpoint: PATH` or
+    `trained`. Random ones are also named above the table, and before a `predict`.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -64,6 +70,14 @@ class Results(Callback):
         """Report a `validate`; the validations inside a `fit` are left to the logger."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._report(trainer, pl_module, "results_validate.json")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what predicts."""
+        origin = weights_of(trainer, pl_module)
+        if origin is not None and origin.startswith("random"):
+            rank_zero_warn(f"predict: the weights are {origin}: {UNTRAINED}.")
+        elif origin is not None:
+            rank_zero_info(f"predict: weights from {origin}.")
 
     def _report(self, trainer: Trainer, module: LightningModule, file_name: str) -> None:
         if trainer.progress_bar_callback is not None:
@@ -97,6 +111,13 @@ def collect(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     return report | _circumstances(trainer, module)
 
 
+def weights_of(trainer: Trainer, module: LightningModule) -> str | None:
+    """Where the weights that are evaluated come from; None for a module that does not say."""
+    if trainer.ckpt_path is not None:
+        return f"checkpoint: {trainer.ckpt_path}"
+    return module.weights_origin if isinstance(module, Method) else None
+
+
 def _free_key(callback: object, taken: Mapping[str, Any]) -> str:
     """Key of a callback's part of the report; a second callback of the same name gets `_2`, and so on."""
     name = getattr(callback, "name", None)
@@ -127,6 +148,7 @@ def _circumstances(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
             name: found for name in ("torch", "lightning", "featherlight") if (found := _version(name))
         },
         "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+        "weights": weights_of(trainer, module),
         "seed": None if seed is None else int(seed),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -182,7 +204,11 @@ def print_table(report: Mapping[str, Any], path: Path) -> None:
     device = report["device"]
     count = f"{device['count']} x " if device["count"] > 1 else ""
     where = f"{count}{device['name']}, {device['precision']}"
-    table = Table(title=f"results of {report['stage']}", caption=Text(printable(where)))
+    title, weights = f"results of {report['stage']}", report.get("weights")
+    if weights is not None:
+        where += f"\nweights: {weights}"
+        title += f"\n{weights} weights: {UNTRAINED}" if weights.startswith("random") else ""
+    table = Table(title=Text(printable(title)), caption=Text(printable(where)))
     table.add_column("metric", overflow="fold")
     table.add_column("value", justify="right", overflow="fold")
     sections = {"": report["metrics"]} | {key: part for key, part in report.items() if key not in RESERVED}

@@ -14,6 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed
 
+from callbacks.run.geometry import convert_counters, save_geometry
+from callbacks.run.plateau import PlateauSteps
 from lightning_modules.parts.strategies import is_sharded
 
 Counters = dict[str, Any]
@@ -32,12 +34,17 @@ class ExactResume(Callback):
     of saving, and needs loaders that know their place, as the data modules' do (others cannot resume inside
     an epoch anyway). Without ``ExactResume``, a resumed run still sees the right batches.
 
+    The run that resumes may have another batch size, number of ranks or accumulation: what counts batches or
+    steps is converted, or refused where it cannot be, see `convert_counters`.
+
     Gradients are averaged over the ranks, as DDP would do later. Sharded strategies (FSDP, DeepSpeed) keep no
     whole gradients; there a warning says that those of the unfinished accumulation are lost.
     """
 
     def __init__(self) -> None:
         self._gradients: dict[str, Tensor] = {}
+        self._geometry: dict[str, Any] | None = None
+        self._plateau = PlateauSteps()
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -45,6 +52,8 @@ class ExactResume(Callback):
         """Corrects the counters in ``checkpoint`` and adds the gradients."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
+        save_geometry(trainer, checkpoint)
+        checkpoint["plateau"] = self._plateau.state(trainer)
         gradients = _accumulated_gradients(trainer, pl_module)
         if gradients:
             checkpoint[_GRADIENTS] = gradients
@@ -55,18 +64,34 @@ class ExactResume(Callback):
     ) -> None:
         """Takes the gradients, which ``on_train_start`` hands to the parameters."""
         self._gradients = checkpoint.get(_GRADIENTS, {})
+        self._geometry = checkpoint.get("geometry")
+        self._plateau.restore(checkpoint.get("plateau"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restores the gradients of an accumulation that the interruption cut in two.
+        """Converts counters, and restores the gradients of an accumulation that the interruption cut in two.
 
         Where ``configure_optimizers`` asked for the number of steps, Lightning made the loaders before it
         read the checkpoint, and does not hand them their states any more: that is done here.
         """
         trainer.fit_loop._load_combined_loader_states()
-        parameters = dict(pl_module.named_parameters())
-        for name, gradient in self._gradients.items():
-            parameters[name].grad = gradient.to(parameters[name].device)
-        self._gradients = {}
+        if not convert_counters(trainer, self._geometry, waiting=bool(self._gradients)):
+            parameters = dict(pl_module.named_parameters())
+            for name, gradient in self._gradients.items():
+                parameters[name].grad = gradient.to(parameters[name].device)
+        self._gradients, self._geometry = {}, None
+        self._plateau.take(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See which schedules Lightning is not going to step."""
+        self._plateau.end_epoch(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Step them."""
+        self._plateau.take(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Step them."""
+        self._plateau.take(trainer)
 
 
 def _correct(loops: dict[str, Any], trainer: Trainer) -> None:
@@ -156,9 +181,14 @@ def _level(progress: Counters, stage: str) -> None:
 def _place_loaders(loops: dict[str, Any], trainer: Trainer, batches: int | None) -> None:
     """Makes the training loaders resume after ``batches`` batches; None: at the end of the epoch."""
     combined = trainer.fit_loop._combined_loader
-    for state in loops["state_dict"].get("combined_loader", []):
-        if combined is not None and "batches" in state:
-            state["batches"] = max(map(len, combined.flattened)) if batches is None else batches
+    if combined is None:
+        return
+    done = max(map(len, combined.flattened)) if batches is None else batches
+    for state, loader in zip(
+        loops["state_dict"].get("combined_loader", []), combined.flattened, strict=False
+    ):
+        if "samples" in state:
+            state["samples"] = loader.samples_after(done)
 
 
 def _accumulated_gradients(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:

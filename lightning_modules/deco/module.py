@@ -76,8 +76,10 @@ class DecoDetector(Method):
         self.criterion = criterion
         if weights is not None:
             load_detector(network, weights)
+            self.weights_origin = f"file: {weights}"
         elif backbone_weights is not None:
             load_backbone(network, backbone_weights)
+            self.weights_origin = f"random head on backbone: {backbone_weights}"
         if compile:
             network.compile()
         self.num_classes = network.num_classes

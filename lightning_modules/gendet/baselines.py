@@ -86,8 +86,11 @@ class CNNDetector(LogitDetector):
         pretrained = "pretrained" if weights == "pretrained" else None
         network: Any = build_network(model, pretrained, 1, **(model_args or {}))
         nn.init.normal_(network.get_classifier().weight, std=0.02)
-        if weights is not None and pretrained is None:
+        if pretrained is not None:
+            self.weights_origin = f"random head on pretrained: {model}"
+        elif weights is not None:
             load_weights(network, weights)
+            self.weights_origin = f"file: {weights}"
         self.network = network
         register_normalization(self, *trained_statistics(network))
 

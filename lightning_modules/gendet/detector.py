@@ -84,6 +84,7 @@ class FakeDetector(Method):
     def start_from(self, network: nn.Module, path: str | Path) -> None:
         """Load a network's weights, and from a checkpoint of ours also its threshold and statistics."""
         load_weights(network, path)
+        self.weights_origin = f"file: {path}"
         state = read_checkpoint(path).get("state_dict", {})
         for name in ("threshold", "feature_mean", "feature_std"):
             if name in state:
@@ -134,6 +135,7 @@ class FakeDetector(Method):
         Raises:
             MisconfigurationException: `standardize` without cached features.
         """
+        super().on_fit_start()
         if not self.standardize:
             return
         data = optional(datamodule_of(self.trainer), HasFeatureStatistics)

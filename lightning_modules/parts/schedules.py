@@ -4,7 +4,37 @@ from typing import Any, Literal
 
 from timm.scheduler import create_scheduler_v2
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LRScheduler,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
+
+
+def fixed_length(scheduler: LRScheduler | ReduceLROnPlateau) -> tuple[str, float] | None:
+    """The option that fixes when a schedule reaches its end, and when that is; None if it has no end.
+
+    A warm-up ends early by design, so `LinearLR` and `ConstantLR` are none of these; of schedules in a row
+    the last one is asked.
+    """
+    if isinstance(scheduler, WarmupSchedule):
+        options = scheduler._options
+        prefix = options["warmup_epochs"] if options["warmup_prefix"] else 0
+        return None if scheduler.epochs is None else ("epochs", scheduler.epochs + prefix)
+    if isinstance(scheduler, SequentialLR):
+        last = fixed_length(scheduler._schedulers[-1])
+        return None if last is None else (f"milestones and {last[0]}", scheduler._milestones[-1] + last[1])
+    for kind, option in (
+        (CosineAnnealingLR, "T_max"),
+        (OneCycleLR, "total_steps"),
+        (PolynomialLR, "total_iters"),
+    ):
+        if isinstance(scheduler, kind):
+            return option, getattr(scheduler, option)
+    return None
 
 
 class WarmupSchedule(LRScheduler):

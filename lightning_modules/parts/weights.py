@@ -53,6 +53,20 @@ def build_network(
     return network
 
 
+def weights_origin(network: nn.Module, name: str, weights: str | Path | None) -> str:
+    """Where the weights of a network that `build_network` made are from, for `Method.weights_origin`.
+
+    timm leaves a classifier of another width than the pretrained one as it is: random.
+    """
+    if weights is None:
+        return "random"
+    if weights != "pretrained":
+        return f"file: {weights}"
+    known = getattr(network, "pretrained_cfg", {}).get("num_classes")
+    same = known == getattr(network, "num_classes", None)
+    return f"pretrained: {name}" if same else f"random head on pretrained: {name}"
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Contents of a checkpoint file, without ever running code from it.
 
@@ -188,16 +202,6 @@ def load_weights(
     load_state(network, state if convert is None else convert(state), path)
 
 
-def examples(keys: Sequence[str], count: int = 5) -> str:
-    """Some of many keys, of as many parts of the network as possible."""
-    parts: dict[str, str] = {}
-    for key in keys:
-        parts.setdefault(key.partition(".")[0], key)
-    first = [*parts.values(), *(key for key in keys if key not in parts.values())][:count]
-    chosen = sorted(first, key=list(keys).index)
-    return ", ".join(chosen) + (" and others" if len(keys) > count else "")
-
-
 def load_state(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
     """Load tensors strictly into `network`.
 
@@ -210,7 +214,24 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], source: str | Pa
         MisconfigurationException: keys are missing, unexpected or of another shape; the first of each are
             listed.
     """
-    own = network.state_dict()
+    fault = state_fault(network.state_dict(), state)
+    if fault:
+        raise MisconfigurationException(f"'{source}' does not fit {type(network).__name__}: {fault}.")
+    network.load_state_dict(state)
+
+
+def examples(keys: Sequence[str], count: int = 5) -> str:
+    """Some of many keys, of as many parts of the network as possible."""
+    parts: dict[str, str] = {}
+    for key in keys:
+        parts.setdefault(key.partition(".")[0], key)
+    first = [*parts.values(), *(key for key in keys if key not in parts.values())][:count]
+    chosen = sorted(first, key=list(keys).index)
+    return ", ".join(chosen) + (" and others" if len(keys) > count else "")
+
+
+def state_fault(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Why `state` cannot be loaded strictly where `own` is: some keys of each kind; empty if it can."""
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     shapes = [
@@ -218,8 +239,5 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], source: str | Pa
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    if missing or unexpected or shapes:
-        faults = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-        listed = "; ".join(f"{len(keys)} {kind}: {examples(keys)}" for kind, keys in faults.items() if keys)
-        raise MisconfigurationException(f"'{source}' does not fit {type(network).__name__}: {listed}.")
-    network.load_state_dict(state)
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    return "; ".join(f"{len(keys)} {kind}: {examples(keys)}" for kind, keys in faults.items() if keys)

@@ -4,6 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from datamodules.loading import (
@@ -211,15 +212,105 @@ def test_resumes_with_the_next_batch(options, done):
     for _ in range(done):
         next(iterator)
     state = first.state_dict()
-    assert state == ({"epoch": 2, "batches": done} if done else {"epoch": 2, "batches": 6})
+    samples = min(4 * done, 22) if done else 22
+    assert state == {"epoch": 2, "samples": samples, "batch_size": 4, "ranks": 1}
 
     second = loader(**options)
-    second.load_state_dict({"epoch": 2, "batches": done})
-    assert second.state_dict() == {"epoch": 2, "batches": done}
+    second.load_state_dict({**state, "samples": 4 * done})
+    assert second.state_dict() == {**state, "samples": min(4 * done, 22)}
     assert len(second) == 6
     assert [batch["index"].tolist() for batch in second] == whole[done:]
     assert batches(second, 2) == whole
     assert batches(second, 3) == batches(loader(), 3)
+
+
+def resumed(done: int, batch_size: int, ranks: int, then: int, others: int, length: int = 32, **options):
+    """Batches of an epoch on all ranks, ``done`` of them before an interruption, then with other sizes."""
+
+    def loaders(batch_size: int, ranks: int) -> list[ResumableLoader]:
+        dataset = SeededDataset(Numbers(length), 5, noisy)
+        samplers = [EpochSampler(dataset, seed=5, rank=r, num_replicas=ranks) for r in range(ranks)]
+        return [
+            ResumableLoader(dataset, batch_size=batch_size, sampler=sampler, **options)
+            for sampler in samplers
+        ]
+
+    before, states = [], []
+    for first in loaders(batch_size, ranks):
+        first.sampler.set_epoch(1)
+        iterator = iter(first)
+        before.append([next(iterator)["index"].tolist() for _ in range(done)])
+        states.append(first.state_dict())
+    assert all(state == states[0] for state in states)
+    after = []
+    for second in loaders(then, others):
+        second.load_state_dict(states[0])
+        assert second.state_dict()["samples"] == done * batch_size * ranks
+        after.append(batches(second, 1))
+    return before, after
+
+
+@pytest.mark.parametrize(
+    ("done", "batch_size", "ranks", "then", "others", "sizes"),
+    [
+        (2, 8, 1, 4, 1, [4, 4, 4, 4]),
+        (2, 8, 1, 16, 1, [16]),
+        (3, 8, 1, 16, 1, [8]),  # what is left of the second batch of 16
+        (1, 8, 1, 3, 1, [1, 3, 3, 3, 3, 3, 3, 3, 2]),
+        (1, 8, 2, 8, 1, [8, 8]),
+        (2, 8, 1, 8, 2, [8]),
+        (3, 4, 2, 8, 2, [4]),
+        (1, 8, 1, 4, 3, [1, 4, 3]),  # 4 samples are left of 12, for three ranks: 1, 1 and 2
+        (0, 8, 1, 4, 2, [4, 4, 4, 4]),
+    ],
+)
+def test_each_sample_comes_once_with_other_batches_or_ranks(done, batch_size, ranks, then, others, sizes):
+    before, after = resumed(done, batch_size, ranks, then, others)
+    indices = Counter(index for part in (before, after) for rank in part for batch in rank for index in batch)
+    assert set(indices) == set(range(32))
+    extra = -32 % others  # ranks are filled up with repeated samples
+    assert sum(indices.values()) == 32 + extra
+    assert max(indices.values()) == 1 + bool(extra)
+    assert [len(batch) for batch in min(after, key=lambda rank: len(rank[0]))] == sizes
+    assert len({len(rank) for rank in after}) == 1
+
+
+def test_the_rest_of_a_batch_is_transformed_as_ever():
+    """Seeds go by epoch and sample, whoever reads it."""
+    dataset = SeededDataset(Numbers(32), 5, noisy)
+    first, second = (
+        ResumableLoader(dataset, batch_size=16, sampler=EpochSampler(dataset, seed=5), num_workers=workers)
+        for workers in (0, 1)
+    )
+    second.load_state_dict({"epoch": 0, "samples": 24, "batch_size": 8, "ranks": 1})
+    (rest,) = list(second)
+    whole = list(first)[1]
+    assert torch.equal(rest["torch"], whole["torch"][8:])
+    assert torch.equal(rest["index"], whole["index"][8:])
+
+
+def test_a_broken_step_on_the_rest_of_a_batch_repeats_only_that():
+    dataset = SeededDataset(Numbers(32), 5, noisy)
+    resumable = ResumableLoader(dataset, batch_size=16, sampler=EpochSampler(dataset, seed=5))
+    resumable.load_state_dict({"epoch": 0, "samples": 24, "batch_size": 8, "ranks": 1})
+    assert resumable.state_dict()["samples"] == 24
+    next(iter(resumable))
+    assert resumable.state_dict()["samples"] == 32
+    assert resumable.samples_after(1) == 24
+
+
+def test_a_rest_that_does_not_reach_all_ranks_is_refused_with_both_values():
+    with pytest.raises(
+        MisconfigurationException, match=r"after 9 samples.*batch_size 3 on 1 .*batch_size 5 on 2"
+    ):
+        resumed(3, 3, 1, 5, 2)
+
+
+def test_an_epoch_that_has_no_whole_batch_left_is_over():
+    for drop_last, rest in ((True, []), (False, [2])):
+        resumable = loader(30, 16, drop_last=drop_last)
+        resumable.load_state_dict({"epoch": 0, "samples": 28, "batch_size": 4, "ranks": 1})
+        assert [len(batch["index"]) for batch in resumable] == rest
 
 
 def test_skipped_batches_are_not_read():
@@ -266,7 +357,7 @@ def test_stream_without_a_length():
     resumable = ResumableLoader(Stream(), batch_size=2)
     resumable.load_state_dict({"epoch": 0, "batches": 2})
     assert [batch.tolist() for batch in resumable] == [[4, 5], [6]]
-    assert resumable.state_dict() == {"epoch": 0, "batches": 4}
+    assert resumable.state_dict()["samples"] == 8
 
 
 def test_does_not_draw_from_the_global_generator():

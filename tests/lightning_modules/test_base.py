@@ -1,12 +1,18 @@
+import re
+import warnings
 from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, PolynomialLR, SequentialLR
 
+from lightning_modules import ImageClassifier
 from lightning_modules.base import Method
 from lightning_modules.parts.reproducibility import derived_seed, seed_step
+from lightning_modules.parts.schedules import WarmupSchedule
+from lightning_modules.parts.weights import weights_origin
 
 
 class Scale(Method):
@@ -186,3 +192,95 @@ def test_a_method_must_say_what_it_computes():
         Method().compute({})
     with pytest.raises(MisconfigurationException, match="must define `losses"):
         Method().losses({}, {})
+
+
+adamw = partial(torch.optim.AdamW, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options", "said"),
+    [
+        (
+            partial(WarmupSchedule, epochs=95),
+            {},
+            r"WarmupSchedule: its epochs makes it 95 epochs long.*has 3",
+        ),
+        (partial(CosineAnnealingLR, T_max=95), {}, r"CosineAnnealingLR: its T_max makes it 95 epochs long"),
+        (
+            partial(PolynomialLR, total_iters=7),
+            {"lr_interval": "step"},
+            r"total_iters.*7 optimiser steps.*has 12",
+        ),
+        (
+            partial(OneCycleLR, max_lr=1.0, total_steps=40),
+            {"lr_interval": "step"},
+            r"total_steps.*40 optimiser",
+        ),
+        (partial(CosineAnnealingLR, T_max=3), {}, None),
+        (partial(OneCycleLR, max_lr=1.0, total_steps=13), {"lr_interval": "step"}, None),
+        (partial(WarmupSchedule, epochs=2, warmup_epochs=1, warmup_prefix=True), {}, None),
+        (partial(WarmupSchedule, warmup_epochs=1), {}, None),
+        (partial(LinearLR, total_iters=2), {}, None),
+        (
+            lambda o: SequentialLR(o, [LinearLR(o, total_iters=1), CosineAnnealingLR(o, 2)], [1]),
+            {},
+            None,
+        ),
+        (
+            lambda o: SequentialLR(o, [LinearLR(o, total_iters=1), CosineAnnealingLR(o, 8)], [1]),
+            {},
+            r"SequentialLR: its milestones and T_max makes it 9 epochs long, but this run has 3",
+        ),
+    ],
+)
+def test_a_schedule_of_another_length_than_the_run_is_announced(trainer, blob_data, scheduler, options, said):
+    module = Scale(optimizer=sgd, lr_scheduler=scheduler, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(max_epochs=3).fit(module, datamodule=blob_data())
+    found = [str(warning.message) for warning in caught if "the rate does not end" in str(warning.message)]
+    assert len(found) == (said is not None)
+    assert said is None or re.search(said, found[0])
+
+
+class Wider(Scale):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.network = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (
+            lambda: Wider(optimizer=sgd),
+            r"a.ckpt' is not of this Wider: .*of another shape: network.0.weight: \(1, 1",
+        ),
+        (lambda: Scale(optimizer=adamw), r"written with another optimizer: SGD, this run has AdamW"),
+        (lambda: Scale(optimizer=sgd, decay_1d=False), r"its groups have 5 tensors, those of this run 4, 1"),
+    ],
+)
+def test_a_checkpoint_of_another_model_or_optimiser_is_refused(trainer, blob_data, tmp_path, other, said):
+    run = trainer()
+    run.fit(Scale(optimizer=sgd), datamodule=blob_data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(MisconfigurationException, match=said) as refusal:
+        trainer(max_epochs=2).fit(other(), datamodule=blob_data(), ckpt_path=tmp_path / "a.ckpt")
+    assert len(str(refusal.value)) < 500
+    again = Scale(optimizer=sgd)
+    trainer(max_epochs=2).fit(again, datamodule=blob_data(), ckpt_path=tmp_path / "a.ckpt")
+    assert again.weights_origin == "trained"
+
+
+def test_where_the_weights_are_from(trainer, blob_data, tmp_path):
+    module = ImageClassifier("test_vit", 4, model_args={"img_size": 32})
+    assert module.weights_origin == "random"
+    run = trainer(max_steps=1)
+    run.fit(module, datamodule=blob_data())
+    assert module.weights_origin == "trained"
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    args = ("test_vit", 4, tmp_path / "a.ckpt", {"img_size": 32})
+    assert ImageClassifier(*args).weights_origin == f"file: {tmp_path / 'a.ckpt'}"
+    assert weights_origin(module.network, "test_vit", "pretrained") == "random head on pretrained: test_vit"
+    module.network.pretrained_cfg["num_classes"] = 4
+    assert weights_origin(module.network, "test_vit", "pretrained") == "pretrained: test_vit"

@@ -1,5 +1,6 @@
 """Runs of a real Trainer, interrupted at every step and resumed, against the uninterrupted run."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -10,11 +11,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import Dataset
 
 from callbacks.run.resuming import ExactResume
 from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset
+from lightning_modules.parts.schedules import WarmupSchedule
 
 EPOCHS = 3
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -36,15 +39,17 @@ def jitter(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 class PointsDataModule(LightningDataModule):
-    """4 training batches of 4 and 2 of validation."""
+    """4 training batches of 4 and 2 of validation, unless other numbers are given."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, length: int = 14, ranks: tuple[int, int] = (0, 1), **options: Any) -> None:
         super().__init__()
-        self.options = options
+        self.length, self.ranks = length, ranks
+        self.options = {"batch_size": 4, **options}
 
     def train_dataloader(self) -> ResumableLoader:
-        data = SeededDataset(Points(14), 3, jitter)
-        return ResumableLoader(data, batch_size=4, sampler=EpochSampler(data, seed=3), **self.options)
+        data = SeededDataset(Points(self.length), 3, jitter)
+        sampler = EpochSampler(data, seed=3, rank=self.ranks[0], num_replicas=self.ranks[1])
+        return ResumableLoader(data, sampler=sampler, **self.options)
 
     def val_dataloader(self) -> ResumableLoader:
         data = SeededDataset(Points(3))
@@ -87,7 +92,14 @@ class Recorder(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         if self.interval == "estimated":  # Lightning makes the loaders now, before it reads the checkpoint
             assert self.trainer.estimated_stepping_batches == 12
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        optimizer = torch.optim.SGD(
+            self.parameters(), lr=0.1 if self.interval == "cosine" else 0.05, momentum=0.9
+        )
+        if self.interval == "cosine":
+            self.cosine = WarmupSchedule(optimizer)
+            epochs = max(1, self.trainer.max_epochs or 1)
+            self.cosine.bind(epochs, int(self.trainer.estimated_stepping_batches) // epochs)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.cosine, "interval": "step"}}
         interval = "epoch" if self.interval == "epoch" else "step"
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3 if interval == "step" else 1, 0.7)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
@@ -332,3 +344,172 @@ def test_gradients_of_an_unfinished_accumulation_are_saved(tmp_path):
         "accumulated_gradients" in torch.load(tmp_path / f"{i}.ckpt", weights_only=True) for i in range(4)
     ]
     assert kept == [True, False, True, False]
+
+
+# other batches
+
+
+def seen_of_epoch(trace: list[tuple[Any, ...]], epoch: int) -> list[int]:
+    return [index for entry in steps(trace) if entry[1] == epoch for index in entry[4]]
+
+
+EIGHTS = {"length": 32, "batch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "options", "before"),
+    [
+        (4, {}, {}),
+        (16, {}, {}),
+        (12, {}, {}),
+        (4, {"accumulate_grad_batches": 2}, {}),
+        (4, {"val_check_interval": 0.5}, {"val_check_interval": 0.5}),
+        (16, {"max_steps": 9, "max_epochs": -1}, {"max_steps": 9, "max_epochs": -1}),
+        (16, {"limit_val_batches": 0}, {"limit_val_batches": 0}),
+        (16, {}, {"accumulate_grad_batches": 2}),
+        (8, {"accumulate_grad_batches": 4}, {"accumulate_grad_batches": 2}),
+    ],
+    ids=str,
+)
+def test_each_sample_comes_once_an_epoch_with_other_batches(tmp_path, batch_size, options, before):
+    """Whichever batch the checkpoint follows; what waited in an accumulation is done again."""
+    saver = Saver(tmp_path, "on_train_batch_end")
+    expected, _ = run(saver, loader=EIGHTS, interval="epoch", **before)
+    for number, seen in enumerate(saver.seen[: 9 if "max_steps" not in options else 8]):
+        loader = {"length": 32, "batch_size": batch_size}
+        resumed, trainer = run(resume=tmp_path / f"{number}.ckpt", loader=loader, interval="epoch", **options)
+        epoch, done = divmod(number, 4)
+        stepped = (done + 1) // before.get("accumulate_grad_batches", 1)
+        taken = seen_of_epoch(expected.trace[:seen], epoch)[
+            : 8 * stepped * before.get("accumulate_grad_batches", 1)
+        ]
+        last = steps(resumed.trace)[-1][1] if "max_steps" in options else EPOCHS  # that one is cut off
+        epochs = range(epoch, last)
+        for present in epochs:
+            whole = (taken if present == epoch else []) + seen_of_epoch(resumed.trace, present)
+            assert sorted(whole) == list(range(32)), (number, present)
+        if "max_steps" in options:
+            assert trainer.global_step == 9
+        ends = [entry[1] for entry in resumed.trace if entry[0] == "epoch end"]
+        assert ends[: len(epochs)] == list(epochs)
+        validations = {entry[1] for entry in resumed.trace if entry[0] == "val"}
+        assert "limit_val_batches" in options or set(epochs) <= validations
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_each_sample_comes_once_an_epoch_with_other_ranks(tmp_path, before, after):
+    savers = [Saver(tmp_path / str(rank), "on_train_batch_end") for rank in range(before)]
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").mkdir()
+    firsts = [
+        run(saver, loader={**EIGHTS, "batch_size": 4, "ranks": (rank, before)}, interval="epoch")[0]
+        for rank, saver in enumerate(savers)
+    ]
+    for number in (0, 2, 5):
+        path = tmp_path / "0" / f"{number}.ckpt"
+        seconds = [
+            run(resume=path, loader={**EIGHTS, "batch_size": 4, "ranks": (rank, after)}, interval="epoch")[0]
+            for rank in range(after)
+        ]
+        epoch = number // (8 // before)
+        parts = [first.trace[: saver.seen[number]] for first, saver in zip(firsts, savers, strict=True)]
+        parts += [second.trace for second in seconds]
+        whole = sorted(index for part in parts for index in seen_of_epoch(part, epoch))
+        assert whole == list(range(32))
+
+
+def test_an_epoch_without_a_whole_batch_left_ends(tmp_path):
+    """After 16 of 30 samples no batch of 16 is left where the incomplete one is dropped."""
+    saver = Saver(tmp_path, "on_train_batch_end")
+    loader = {"length": 30, "drop_last": True}
+    run(saver, loader=loader, interval="epoch")
+    for number in (3, 4, 5, 6):
+        resumed, _ = run(
+            resume=tmp_path / f"{number}.ckpt", loader={**loader, "batch_size": 16}, interval="epoch"
+        )
+        first = [entry for entry in resumed.trace if entry[1] == 0]
+        assert [entry[0] for entry in first] == ["val", "val", "epoch end"]
+        assert len(steps(resumed.trace)) == 2
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_validation_end"])
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_a_schedule_in_steps_keeps_its_place_with_other_batches(tmp_path, hook, batch_size):
+    rates = []
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            rates.append(module.cosine.get_last_lr()[0])
+
+    run(Saver(tmp_path, hook), loader=EIGHTS, interval="cosine", max_epochs=8)
+    loader = {**EIGHTS, "batch_size": batch_size}
+    resumed, _ = run(Rates(), resume=tmp_path / "3.ckpt", loader=loader, interval="cosine", max_epochs=8)
+    assert len(rates) == 4 * 32 // batch_size
+    assert rates[0] == pytest.approx(0.05)
+    assert rates[len(rates) // 2] == pytest.approx(0.1 * (1 - 0.5**0.5) / 2)
+    assert resumed.cosine.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_schedule_in_steps_inside_an_epoch(tmp_path):
+    run(Saver(tmp_path, "on_train_batch_end"), loader=EIGHTS, interval="cosine", max_epochs=8)
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            rates.append(module.cosine.get_last_lr()[0])
+
+    loader = {**EIGHTS, "batch_size": 4}
+    resumed, _ = run(Rates(), resume=tmp_path / "17.ckpt", loader=loader, interval="cosine", max_epochs=8)
+    assert len(rates) == 28
+    assert rates[0] == pytest.approx(0.05 * (1 + math.cos(math.pi * 36 / 64)))
+    assert resumed.cosine.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_run_of_so_many_steps_keeps_its_schedule_in_steps(tmp_path):
+    options = {"max_steps": 10, "max_epochs": -1, "interval": "cosine"}
+    run(Saver(tmp_path, "on_train_batch_end"), loader=EIGHTS, **options)
+    resumed, trainer = run(resume=tmp_path / "4.ckpt", loader={**EIGHTS, "batch_size": 4}, **options)
+    assert trainer.global_step == 10
+    assert resumed.cosine.last_epoch == 10
+    assert resumed.cosine.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_schedule_that_cannot_be_converted_is_refused_with_both_values(tmp_path):
+    run(Saver(tmp_path, "on_train_batch_end"), loader=EIGHTS)
+    expected = "StepLR.*4 in an epoch .batch_size 8 on 1 ranks.*8 .batch_size 4 on 1 ranks.*WarmupSchedule"
+    with pytest.raises(MisconfigurationException, match=expected):
+        run(resume=tmp_path / "1.ckpt", loader={**EIGHTS, "batch_size": 4})
+    run(resume=tmp_path / "1.ckpt", loader={**EIGHTS, "batch_size": 4}, interval="epoch")
+
+
+class Plateau(Recorder):
+    """Its metric never improves, so every step of the schedule counts."""
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.log("val/x", 1.0 + self.current_epoch)
+
+    def on_train_epoch_start(self) -> None:
+        self.trace.append((self.current_epoch, self.optimizers().param_groups[0]["lr"]))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.plateau, "monitor": "val/x"}}
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_train_batch_end", "on_validation_batch_end", "on_validation_end", "on_train_epoch_end"]
+)
+def test_a_plateau_schedule_misses_no_step(tmp_path, monkeypatch, hook):
+    monkeypatch.setitem(globals(), "Recorder", Plateau)
+    saver = Saver(tmp_path, hook)
+    expected, _ = run(saver)
+    rates = [entry for entry in expected.trace if isinstance(entry[0], int)]
+    assert rates == [(0, 0.1), (1, 0.1), (2, 0.05)]
+    assert expected.plateau.get_last_lr() == [0.025]
+    for number in range(len(saver.seen)):
+        resumed, trainer = run(resume=tmp_path / f"{number}.ckpt")
+        started = [entry for entry in resumed.trace if isinstance(entry[0], int)]
+        assert started == rates[len(rates) - len(started) :]
+        if trainer.fit_loop._combined_loader is not None and resumed.counters:
+            assert resumed.plateau.get_last_lr() == [0.025]

@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.gendet import GenDet, StageSchedule
+from lightning_modules.gendet.evaluation import best_threshold
 from lightning_modules.gendet.losses import agreement_loss, disagreement_loss
 from lightning_modules.gendet.schedule import STAGES
 
@@ -277,3 +279,16 @@ def test_a_real_epoch_brings_student_and_teacher_together_and_a_fake_epoch_apart
             assert augment < before[3]
             assert fake > before[2]
     assert {row[0] for row in found} == set(STAGES) - {"classifier"}
+
+
+def test_averaged_weights_end_trained_and_with_the_threshold_that_was_chosen(fit, toy, stub, tmp_path):
+    """Averaging every buffer would truncate the counts of steps and blur the threshold."""
+    schedule = StageSchedule(1, 1, 1)
+    module = GenDet(stub(), schedule, **SMALL)
+    run = fit(module, toy(), schedule.total, callbacks=[EMAWeightAveraging(decay=0.9)])
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert saved["stage_steps"].tolist() == [8, 4, 4, 4, 8]
+    best = best_threshold(module.rows["score"], module.rows["label"])
+    assert saved["threshold"].item() == module.threshold.item() == pytest.approx(best)
+    run.test(module, datamodule=toy(), verbose=False)
