@@ -107,7 +107,7 @@ def _sections(arguments: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
         if option.startswith("--trainer.callbacks"):
             yield f"{option} {value}", option.removeprefix("--trainer."), value
             continue
-        content = read_options(value, option)
+        content: Any = read_options(value, option)
         if option in CONFIG:
             content = content.get(command, content) if not command or command in content else content
             content = content.get("trainer") if isinstance(content, dict) else None
@@ -246,13 +246,9 @@ def _parameters(class_path: str) -> set[str]:
     """What a class and its parents can be given."""
     module, _, name = class_path.rpartition(".")
     cls = getattr(importlib.import_module(module), name)
-    classes = cls.__mro__ if isinstance(cls, type) else (cls,)
-    return {
-        name
-        for part in classes
-        for name in inspect.signature(part.__init__ if isinstance(part, type) else part).parameters
-        if name not in ("self", "args", "kwargs")
-    }
+    makers = [vars(part).get("__init__", part) for part in cls.__mro__] if isinstance(cls, type) else [cls]
+    names = {name for maker in makers for name in inspect.signature(maker).parameters}
+    return names - {"self", "args", "kwargs"}
 
 
 def _class_names() -> set[str]:

@@ -310,7 +310,11 @@ def _training_set(trainer: Trainer) -> TrainingSet:
     if dataset is None or not hasattr(dataset, "__len__"):
         return TrainingSet()
     labelled, targeted = optional(dataset, HasLabels), optional(dataset, HasTargets)
-    labels = labelled.labels if labelled is not None else None if targeted is None else targeted.targets
+    labels: Any = None
+    if labelled is not None:
+        labels = labelled.labels
+    elif targeted is not None:
+        labels = targeted.targets
     chosen = optional(dataset, HasIndices)
     if labels is not None and len(labels) != len(dataset) and chosen is not None:
         labels = torch.as_tensor(labels)[torch.as_tensor(chosen.indices)]
