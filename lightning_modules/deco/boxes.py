@@ -1,8 +1,9 @@
 """Box arithmetic over any leading dimensions, and the step from network outputs to detections."""
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_convert
 
@@ -76,3 +77,22 @@ def detections_of(
     found = corners.gather(1, (chosen // classes)[..., None].expand(-1, -1, 4))
     labels = chosen % classes
     return Detections(scores, labels if category_ids is None else category_ids[labels], found)
+
+
+def resized(batch: dict[str, Any], side: int, mode: Literal["nearest", "bilinear"]) -> dict[str, Any]:
+    """A detection batch with its images resized to `side` x `side` pixels, and boxes and sizes with them."""
+    height, width = batch["image"].shape[-2:]
+    if (height, width) == (side, side):
+        return batch
+    images = F.interpolate(
+        batch["image"], (side, side), mode=mode, align_corners=None if mode == "nearest" else False
+    )
+    mask = F.interpolate(batch["mask"][:, None].float(), (side, side))[:, 0] > 0
+    factors = torch.tensor([side / width, side / height] * 2, device=images.device)
+    targets = [_scaled_target(target, factors) for target in batch["targets"]]
+    return {**batch, "image": images, "mask": mask, "targets": targets}
+
+
+def _scaled_target(target: dict[str, Tensor], factors: Tensor) -> dict[str, Tensor]:
+    size = target["size"] * factors[:2].flip(0)
+    return {**target, "boxes": target["boxes"] * factors, "size": size}

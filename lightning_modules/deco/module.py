@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_modules.base import Method, Terms
-from lightning_modules.deco.boxes import Detections, detections_of, normalised
+from lightning_modules.deco.boxes import Detections, detections_of, normalised, resized
 from lightning_modules.deco.deploy import deploy
 from lightning_modules.deco.evaluation import CocoEvaluation
 from lightning_modules.deco.losses import (
@@ -235,22 +234,3 @@ class DecoDetector(Method):
     def _restore(self) -> None:
         if self._trained:
             (self.network,), self._trained = self._trained, ()
-
-
-def resized(batch: dict[str, Any], side: int, mode: Literal["nearest", "bilinear"]) -> dict[str, Any]:
-    """A detection batch with its images resized to `side` x `side` pixels, and boxes and sizes with them."""
-    height, width = batch["image"].shape[-2:]
-    if (height, width) == (side, side):
-        return batch
-    images = F.interpolate(
-        batch["image"], (side, side), mode=mode, align_corners=None if mode == "nearest" else False
-    )
-    mask = F.interpolate(batch["mask"][:, None].float(), (side, side))[:, 0] > 0
-    factors = torch.tensor([side / width, side / height] * 2, device=images.device)
-    targets = [_scaled_target(target, factors) for target in batch["targets"]]
-    return {**batch, "image": images, "mask": mask, "targets": targets}
-
-
-def _scaled_target(target: dict[str, Tensor], factors: Tensor) -> dict[str, Tensor]:
-    size = target["size"] * factors[:2].flip(0)
-    return {**target, "boxes": target["boxes"] * factors, "size": size}

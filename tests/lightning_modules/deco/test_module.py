@@ -16,10 +16,9 @@ from datamodules.coco.module import CocoDataModule
 from datamodules.coco.transforms import DecoPlusTransforms, DecoTransforms
 from lightning_modules.deco import Deco, DecoDetector, DecoPlus, FocalCriterion, VarifocalCriterion
 from lightning_modules.deco.averaging import ramped_average, ramped_decay
-from lightning_modules.deco.boxes import Detections
+from lightning_modules.deco.boxes import Detections, resized
 from lightning_modules.deco.evaluation import CocoEvaluation
 from lightning_modules.deco.losses import pad_targets
-from lightning_modules.deco.module import resized
 from tests.golden.fill import fill, inputs
 
 TINY = {
