@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -72,6 +73,13 @@ def synchronized_seconds() -> float:
     return time.perf_counter()
 
 
+def cpu_and_wall() -> np.ndarray:
+    """Both clocks in seconds, once the GPU, where there is one, has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return np.array([time.process_time(), time.perf_counter()])
+
+
 def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
     """How many times faster, round by round."""
     return [one / other for one, other in zip(slow, fast, strict=True)]
@@ -106,12 +114,16 @@ def status_mebibytes(key: str) -> float:
     return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1]) / 2**10
 
 
-def in_own_process(script: str, *arguments: object) -> str:
+def in_own_process(script: str, *arguments: object, own_pages: bool = False) -> str:
     """The last line that a script prints when it runs in a process of its own.
 
-    Every tensor gets pages of its own that go back when it is freed: peaks measured there repeat.
+    Args:
+        script: its file.
+        arguments: of its command line.
+        own_pages: every tensor gets pages of its own that go back when it is freed: peaks repeat, at the cost
+            of time.
     """
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": "65536"} if own_pages else {})}
     command = [sys.executable, script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return done.stdout.splitlines()[-1]

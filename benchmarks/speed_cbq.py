@@ -17,13 +17,13 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import in_own_process, turns, write_numbers
 from torch import Tensor, nn
 
 from callbacks.measure.memory import PeakMemory
@@ -196,17 +196,13 @@ def main() -> int:
     if options.only:
         print(json.dumps(measure(options.only, options)))
         return 0
-    command = [sys.executable, str(Path(__file__)), *sys.argv[1:]]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
-    for _ in range(options.repeats):
-        for name in VARIANTS:
-            done = subprocess.run([*command, "--only", name], capture_output=True, text=True, check=True)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    for name in turns(list(VARIANTS), options.repeats):
+        found[name].append(json.loads(in_own_process(__file__, *sys.argv[1:], "--only", name)))
     steps = found["straightforward"][0]["steps"]
     print(f"{options.blocks} blocks, {steps} steps a window, {options.repeats} repeats (medians)")
     print(report(found))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    write_numbers(options.json, found)
     return 0
 
 

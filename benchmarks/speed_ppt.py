@@ -10,7 +10,6 @@ import argparse
 import copy
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import timm
 import torch
 from common import (
+    cpu_and_wall,
     forget_peak,
     in_own_process,
     interleaved,
@@ -62,17 +62,6 @@ def reduced(dense: nn.Module, rules: Rules) -> nn.Module:
     return network
 
 
-def clocks(device: torch.device) -> Callable[[], np.ndarray]:
-    """Reads CPU and wall time, once the device has done what it was told."""
-
-    def now() -> np.ndarray:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return np.array([time.process_time(), time.perf_counter()])
-
-    return now
-
-
 def captured(network: nn.Module, images: Tensor) -> Callable[[], object]:
     """The forward pass as a CUDA graph: no launch costs, which is what small batches on a GPU consist of."""
     stream = torch.cuda.Stream()
@@ -92,7 +81,8 @@ def peak_megabytes(arguments: argparse.Namespace, name: str, batch: int) -> floa
     options = (
         f"--batches {batch} --model {arguments.model} --r {arguments.r} --device {arguments.device} --blocks"
     )
-    return float(in_own_process(__file__, "--memory-of", name, *options.split(), *arguments.blocks))
+    line = ["--memory-of", name, *options.split(), *arguments.blocks]
+    return float(in_own_process(__file__, *line, own_pages=True))
 
 
 def measure_memory(network: nn.Module, images: Tensor) -> float:
@@ -176,12 +166,11 @@ def main() -> int:
         images = torch.randn(batch, 3, *side, device=device)
         repeats = arguments.repeats * (3 if batch == 1 else 1)
         calls = {name: partial(network, images) for name, network in networks.items()}
-        now = clocks(device)
-        times = interleaved(calls, repeats, now, arguments.seconds)
+        times = interleaved(calls, repeats, cpu_and_wall, arguments.seconds)
         rows += report(times, macs, batch, device.type)
         if device.type == "cuda":
             graphs = {name: captured(network, images) for name, network in networks.items()}
-            times = interleaved(graphs, repeats, now, arguments.seconds)
+            times = interleaved(graphs, repeats, cpu_and_wall, arguments.seconds)
             rows += report(times, macs, batch, "cuda graph")
     if not arguments.no_memory:
         batch = max(arguments.batches)

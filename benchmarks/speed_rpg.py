@@ -9,14 +9,15 @@ can be read off. Wall time is what a user waits; CPU time is less disturbed by o
 """
 
 import argparse
-import json
 import math
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from common import cpu_and_wall, turns, write_numbers
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
@@ -91,11 +92,11 @@ def errors(weights: Tensors, gradients: Tensors, tolerance: float) -> tuple[floa
     return worst[0], worst[1]
 
 
-def timed(call: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of wall and of CPU time."""
-    wall, cpu = time.perf_counter(), time.process_time()
+def timed(call: Callable[[], object]) -> np.ndarray:
+    """Seconds of CPU and of wall time."""
+    start = cpu_and_wall()
     call()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return cpu_and_wall() - start
 
 
 def measure_sweeps(options: argparse.Namespace, weights: Tensors) -> dict[str, dict[str, float]]:
@@ -107,18 +108,17 @@ def measure_sweeps(options: argparse.Namespace, weights: Tensors) -> dict[str, d
     }
     if options.skip_svd:
         del sweeps["full SVD"]
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sweeps}
+    times: dict[str, list[np.ndarray]] = {name: [] for name in sweeps}
     rows: dict[str, dict[str, float]] = {}
-    for repeat in range(options.repeats):
-        for name, sweep in sweeps.items():
-            gradients = {key: torch.zeros_like(weight) for key, weight in weights.items()}
-            times[name].append(timed(lambda: sweep(weights, gradients, options.tolerance)))  # noqa: B023
-            if repeat == 0:
-                worst = errors(weights, gradients, options.tolerance)
-                rows[name] = {"error_norm": worst[0], "error_entry": worst[1]}
+    for name in turns(list(sweeps), options.repeats):
+        gradients = {key: torch.zeros_like(weight) for key, weight in weights.items()}
+        times[name].append(timed(partial(sweeps[name], weights, gradients, options.tolerance)))
+        if name not in rows:
+            norm, entry = errors(weights, gradients, options.tolerance)
+            rows[name] = {"error_norm": norm, "error_entry": entry}
     for name, pairs in times.items():
-        rows[name]["seconds"] = statistics.median(wall for wall, _ in pairs)
-        rows[name]["cpu_seconds"] = statistics.median(cpu for _, cpu in pairs)
+        rows[name]["seconds"] = float(np.median([wall for _, wall in pairs]))
+        rows[name]["cpu_seconds"] = float(np.median([cpu for cpu, _ in pairs]))
     return rows
 
 
@@ -133,7 +133,7 @@ def measure_update(network: nn.Module, repeats: int) -> float:
             masks[name] = mask
         move_weights(masks, weights, gradients, 0.15)
 
-    return statistics.median(timed(update)[0] for _ in range(repeats))
+    return statistics.median(float(timed(update)[1]) for _ in range(repeats))
 
 
 def measure_step(network: nn.Module, batch: int, repeats: int) -> float:
@@ -147,7 +147,7 @@ def measure_step(network: nn.Module, batch: int, repeats: int) -> float:
         optimizer.step()
 
     step()
-    return statistics.median(timed(step)[0] for _ in range(repeats))
+    return statistics.median(float(timed(step)[1]) for _ in range(repeats))
 
 
 def report(
@@ -202,9 +202,8 @@ def main() -> int:
     step = measure_step(network, options.batch, options.repeats) if options.batch else 0.0
     update = measure_update(network, options.repeats)
     report(options, rows, step, update)
-    if options.json:
-        numbers = {"sweeps": rows, "step_seconds": step, "update_seconds": update, "threads": options.threads}
-        options.json.write_text(json.dumps(numbers, indent=2) + "\n")
+    numbers = {"sweeps": rows, "step_seconds": step, "update_seconds": update, "threads": options.threads}
+    write_numbers(options.json, numbers)
     return 0
 
 
