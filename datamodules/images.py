@@ -1,9 +1,6 @@
 """Images without labels, to predict on."""
 
 import glob
-import os
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from datamodules.base import VisionDataModule
 from datamodules.imagenet import ImageFileDataset
-from datamodules.reading import Listing, is_hidden, is_image, list_images
+from datamodules.reading import Listing, list_glob, list_images
 from datamodules.samples.imagenet import write_pictures
 
 
@@ -82,32 +79,3 @@ class ImagesDataModule(VisionDataModule):
         if not glob.has_magic(str(self.root)):
             self.require(self.root)
         return list_glob(str(self.root))
-
-
-def list_glob(pattern: str) -> Listing:
-    """Lists the image files that a glob names; ``**`` follows links as `list_images` does, so it ends."""
-    parts = Path(pattern).parts
-    fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
-    folder, rest = Path(*parts[:fixed]), parts[fixed:]
-    if "**" in rest:
-        if not folder.is_dir():
-            return Listing([])
-        below = list_images(folder)
-        names = [name for name in below.names if _matches(Path(name).parts, rest)]
-        return below._replace(names=[str(folder / name) for name in names])
-    paths = [path for path in glob.glob(pattern) if os.path.isfile(path)]
-    seen = [path for path in paths if not any(map(is_hidden, Path(path).parts[fixed:]))]
-    images = sorted(filter(is_image, seen))
-    return Listing(images, len(paths) - len(seen), len(seen) - len(images))
-
-
-def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a glob; ``**`` stands for any number of parts."""
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        rest = pattern[1:]
-        if not rest:
-            return bool(parts)  # a folder is no image
-        return any(_matches(parts[skipped:], rest) for skipped in range(len(parts) + 1))
-    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])

@@ -21,6 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate, get_worker_info
 
+from datamodules.reading import DataError
 from datamodules.workers import deaf_workers
 
 Key = int | tuple[int, ...]
@@ -362,7 +363,17 @@ def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         The default collation, but with "image" as float32 (B, 3, H, W) in [0, 1].
+
+    Raises:
+        DataError: they are of different sizes.
     """
+    sizes = {tuple(sample["image"].shape[-2:]) for sample in samples}
+    if len(sizes) > 1:
+        some = " and ".join(f"{height} x {width}" for height, width in sorted(sizes)[:2])
+        raise DataError(
+            f"the images of a batch are of different sizes, such as {some} (height x width): the transform "
+            "must bring them to one, or batch_size be 1."
+        )
     batch = default_collate(samples)
     batch["image"] = batch["image"].float().div_(255)
     return batch

@@ -4,9 +4,12 @@ All readers follow the rules of this file: which files are images, which are lef
 become 8-bit RGB.
 """
 
+import glob
 import logging
 import os
 from collections import deque
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -102,7 +105,12 @@ def is_image(name: str) -> bool:
 
 
 def list_images(folder: Path) -> Listing:
-    """Lists the image files in and below a folder.
+    """Lists the image files in and below a folder, see `list_files`."""
+    return list_files(folder, is_image)
+
+
+def list_files(folder: Path, wanted: Callable[[str], bool]) -> Listing:
+    """Lists the files in and below a folder whose names are wanted.
 
     Links to files and folders are followed. A folder is listed once, whatever leads to it, and links to this
     folder or to one above it are left out, so loops end.
@@ -126,7 +134,7 @@ def list_images(folder: Path) -> Listing:
                 hidden += 1
             elif _is_folder(entry):
                 (links if entry.is_symlink() else folders).append(f"{prefix}{entry.name}/")
-            elif is_image(entry.name) and _is_file(entry):
+            elif wanted(entry.name) and _is_file(entry):
                 names.append(prefix + entry.name)
             else:
                 other += 1
@@ -150,6 +158,35 @@ def list_folders(folder: Path) -> Listing:
         else:
             other += 1
     return Listing(names, hidden, other)
+
+
+def list_glob(pattern: str, wanted: Callable[[str], bool] = is_image) -> Listing:
+    """Lists the files that a glob names; ``**`` follows links as `list_files` does, so it ends."""
+    parts = Path(pattern).parts
+    fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    folder, rest = Path(*parts[:fixed]), parts[fixed:]
+    if "**" in rest:
+        if not folder.is_dir():
+            return Listing([])
+        below = list_files(folder, wanted)
+        names = [name for name in below.names if _matches(Path(name).parts, rest)]
+        return below._replace(names=[str(folder / name) for name in names])
+    paths = [path for path in glob.glob(pattern) if os.path.isfile(path)]
+    seen = [path for path in paths if not any(map(is_hidden, Path(path).parts[fixed:]))]
+    files = sorted(path for path in seen if wanted(os.path.basename(path)))
+    return Listing(files, len(paths) - len(seen), len(seen) - len(files))
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a glob; ``**`` stands for any number of parts."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        rest = pattern[1:]
+        if not rest:
+            return bool(parts)  # a folder is no file
+        return any(_matches(parts[skipped:], rest) for skipped in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.run.directory import announce, replaced_atomically, run_directory
+from callbacks.run.escaping import printable, readable
 from callbacks.writers.base import PredictionWriter
 from callbacks.writers.drawing import open_picture, shortened
 from lightning_modules.parts.contracts import (
@@ -123,9 +124,9 @@ class DetectionWriter(PredictionWriter):
                         continue
                     result = {
                         "image_id": known["image_id"],
-                        "file_name": known["file_name"],
+                        "file_name": readable(known["file_name"]),
                         "category_id": category,
-                        "category_name": self._name(label),
+                        "category_name": readable(self._name(label)),
                         "bbox": bbox,
                         "score": score,
                     }
@@ -180,7 +181,7 @@ def draw_detections(
         name = names[int(label)] if int(label) < len(names) else f"class {int(label)}"
         frame = [min(max(side, 0), limit - 1) for side, limit in zip(corners, size * 2, strict=True)]
         draw.rectangle(frame, outline=colour_of(int(label)), width=unit)
-        _tag(draw, frame, f"{name} {100 * score:.0f}%", colour_of(int(label)), font, size)
+        _tag(draw, frame, f"{printable(name)} {100 * score:.0f}%", colour_of(int(label)), font, size)
     return drawn
 
 

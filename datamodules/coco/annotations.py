@@ -31,8 +31,11 @@ Row = TypeVar("Row")
 
 CAPTION = -1
 """Category of what has a caption and no box."""
+IGNORED = -2
+"""Category of what has the id -1, by which exporters mark regions that are of no class."""
 
-_VERSION = 2
+_NO_CATEGORY = -1
+_VERSION = 3
 _SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
 _FILES = ("images", "objects", "text")
 _IMAGE = np.dtype(
@@ -83,7 +86,7 @@ class CocoAnnotations:
     def _open(self) -> None:
         meta, arrays = _index(self.path)
         self.categories: list[dict[str, Any]] = meta["categories"]
-        """`id`, as the file writes it, and `name` of each category, by id."""
+        """`id`, as the file writes it, and `name` of each category, by id; one with the id -1 is none."""
         self.numbered: bool = meta["numbered"]
         """Whether the images' ids are numbers; otherwise `images["id"]` are positions in the file."""
         self.climbing: list[int] = meta["climbing"]
@@ -122,7 +125,8 @@ class CocoAnnotations:
 
     def of(self, index: int) -> NDArray[Any]:
         """Annotations of an image, structured: `entry`, the place in the file, `category`, the place in
-        `categories` or `CAPTION`, `bbox` (x, y, w, h), `area`, `crowd`, and `short`, see `short_parts`.
+        `categories`, `CAPTION` or `IGNORED`, `bbox` (x, y, w, h), `area`, `crowd`, and `short`, see
+        `short_parts`.
         """
         image = self.images[index]
         return self.objects[image["first"] : image["first"] + image["count"]]
@@ -248,7 +252,7 @@ def _called(kind: str, place: int, entry: Any) -> str:
 
 
 def _categories(path: Path, listed: list[Any]) -> tuple[list[dict[str, Any]], dict[int | str, int]]:
-    """The categories by id, and the row of each id.
+    """The categories by id, and the row of each id; that of -1 is `IGNORED`.
 
     Raises:
         DataError: one id has two names.
@@ -262,8 +266,9 @@ def _categories(path: Path, listed: list[Any]) -> tuple[list[dict[str, Any]], di
 
     names: dict[int | str, str] = {}
     found = dict(_each(path, "categories", listed, read))
+    ignored = {_NO_CATEGORY: IGNORED} if found.pop(_NO_CATEGORY, None) else {}
     ordered = sorted(found, key=lambda key: (isinstance(key, str), key))
-    return [found[key] for key in ordered], {key: row for row, key in enumerate(ordered)}
+    return [found[key] for key in ordered], {key: row for row, key in enumerate(ordered)} | ignored
 
 
 def _written(value: Any, key: int | str) -> int | str:
@@ -299,12 +304,14 @@ def _images(
             *(height, width, 0, 0),
             text.add(name.encode("utf-8", "surrogatepass")),
         )
-    climbing = [
-        row
-        for row, (_, name, *_) in enumerate(found)
-        if os.path.isabs(name) or ".." in re.split(r"[/\\]", name)
-    ]
+    climbing = [row for row, (_, name, *_) in enumerate(found) if _climbs(name)]
     return images, rows, {"numbered": numbered, "climbing": climbing}
+
+
+def _climbs(name: str) -> bool:
+    """Whether a file name is absolute or has a part `..`, with either system's separators."""
+    parts = re.split(r"[/\\]", name)
+    return not parts[0] or ".." in parts
 
 
 def _file_name(entry: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.coco.annotations import CAPTION, CocoAnnotations
+from datamodules.coco.annotations import CAPTION, IGNORED, CocoAnnotations
 from datamodules.coco.segmentation import decode_segmentation
 from datamodules.reading import CorruptSampleError, as_stored, list_images, read_image
 
@@ -28,6 +28,8 @@ class Census(NamedTuple):
     """Boxes that reach more than a pixel out of their picture."""
     other: int
     """Of categories that are not used."""
+    ignored: int
+    """Of the category -1."""
     short: int
     """Parts of polygons with fewer than three points."""
     shapeless: int
@@ -74,7 +76,7 @@ class CocoDataset(Dataset[dict[str, Any]]):
     def relabel(self, labels: Mapping[str, int]) -> None:
         """Use other labels of the categories' names."""
         found = [labels.get(entry["name"], -1) for entry in self.annotations.categories]
-        self._labels = np.array([*found, -1])  # by the categories' places, the last for `CAPTION`
+        self._labels = np.array([*found, -1, -1])  # by the categories' places; then `IGNORED`, `CAPTION`
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -169,7 +171,8 @@ class CocoDataset(Dataset[dict[str, Any]]):
             (seen & crowd).sum(),
             (used & ~seen).sum(),
             (seen & beyond.any(axis=1)).sum(),
-            (~used & (objects["category"] != CAPTION)).sum(),
+            (~used & (objects["category"] >= 0)).sum(),
+            (objects["category"] == IGNORED).sum(),
             objects["short"][kept].sum(),
             (kept & shapeless).sum(),
         )
@@ -216,9 +219,11 @@ class PictureFolder(Dataset[dict[str, Any]]):
         if not folder.is_dir():
             raise FileNotFoundError(f"predict_folder: there is no folder {folder}.")
         self.folder = folder
-        self.names = list_images(folder).names
+        self.listing = list_images(folder)
+        self.names = self.listing.names
         if not self.names:
-            raise FileNotFoundError(f"predict_folder: there are no images in {folder}.")
+            left_out = self.listing.left_out()
+            raise FileNotFoundError(f"predict_folder: there are no images in {folder}{left_out}.")
         stems = [Path(name).stem for name in self.names]
         numbers = {int(stem) for stem in stems if stem.isdecimal()}
         numbered = len(numbers) == len(stems) and max(numbers) < 2**63

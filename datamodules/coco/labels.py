@@ -24,9 +24,11 @@ def numbered_labels(
         classes: names of the only ones to use; None is all.
 
     Raises:
-        DataError: there are no categories, some of `classes` are unknown, or an id cannot be a label.
+        DataError: there are no categories, `classes` are none or unknown, or an id cannot be a label.
     """
     names = _first_ids(annotations)
+    if classes is not None and not classes:
+        raise DataError(f"classes: [] leaves nothing to learn; {annotations.path} has {', '.join(names)}.")
     unknown = sorted(set(classes or ()) - set(names))
     if unknown:
         raise DataError(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from datamodules.base import DataModule, Split
 from datamodules.coco.annotations import CocoAnnotations
 from datamodules.coco.dataset import CocoDataset, PictureFolder, collate_detection
@@ -105,6 +107,8 @@ class CocoDataModule(DataModule):
         self.sample_size = sample_size
         self.sample_image_size = sample_image_size
         self.sample_style = sample_style
+        for option, pattern in (("images", images), ("instances", instances), ("captions", captions or "")):
+            _check_pattern(option, pattern)
         self._opened: dict[Path, CocoAnnotations] = {}
         self._labels: dict[str, int] | None = None
         self._labels_of = ""
@@ -152,7 +156,9 @@ class CocoDataModule(DataModule):
             "predict": ("test",),
         }
         if stage == "predict" and self.predict_folder is not None:
-            self.datasets["predict"] = PictureFolder(self.predict_folder)
+            pictures = PictureFolder(self.predict_folder)
+            self.announce("predict", f"{len(pictures)} images", self.predict_folder, pictures.listing)
+            self.datasets["predict"] = pictures
             return
         for split in wanted[stage]:
             truth = stage != "predict" and split != "train"
@@ -191,6 +197,7 @@ class CocoDataModule(DataModule):
         left_out = [
             (census.empty, "boxes without area or outside of their picture"),
             (census.other, "objects of other classes"),
+            (census.ignored, "annotations of category id -1, which is taken as no class"),
         ]
         if self.masks:
             left_out.append((census.short, "polygon parts of fewer than three points"))
@@ -205,7 +212,8 @@ class CocoDataModule(DataModule):
             purpose = "learn from" if split == "train" else "measure by"
             raise DataError(f"{path} has nothing to {purpose}: {said}.")
         if default_ranks()[0] == 0:
-            odd = census.empty or not census.objects or (self.masks and (census.short or census.shapeless))
+            odd = census.empty or census.ignored or not census.objects
+            odd = odd or (self.masks and (census.short or census.shapeless))
             level = logging.WARNING if odd else logging.INFO
             log.log(level, "%s, %s: %s has %s.", type(self).__name__, split, path, said)
 
@@ -309,3 +317,12 @@ class CocoDataModule(DataModule):
     def collation(self) -> Callable[[list[Any]], Any]:
         """Pads and stacks."""
         return collate_detection
+
+
+def _check_pattern(option: str, pattern: str) -> None:
+    try:
+        pattern.format(split="train2017")
+    except (LookupError, ValueError) as error:
+        raise MisconfigurationException(
+            f"CocoDataModule: {option}: '{pattern}' may have nothing but {{split}} in braces."
+        ) from error

@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from datamodules.reading import CorruptSampleError
+from datamodules.reading import CorruptSampleError, Listing, list_files, list_glob
 
 log = logging.getLogger(__name__)
 
@@ -24,14 +24,15 @@ Document = Literal["file", "line"]
 
 HUB = "hub:"
 _TOKENS = (".pt", ".npy")
-_JSON = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+_JSON = tuple(f".{kind}{gz}" for kind in ("json", "jsonl", "ndjson") for gz in ("", ".gz"))
 _PLAIN = (".txt", ".raw", ".txt.gz", ".raw.gz")
 Render = Callable[[list[Any]], str]
 """Makes one text of the messages of a chat."""
 
 
 def corpus_files(root: Path, source: str) -> list[Path]:
-    """Files of a source in sorted order: a file, a folder (its text, or an arrow data set), or a glob.
+    """Files of a source in sorted order: a file, a folder (the text in and below it, or an arrow data set),
+    or a glob; what is hidden is left out, see `datamodules.reading`.
 
     Args:
         root: of relative sources.
@@ -40,26 +41,28 @@ def corpus_files(root: Path, source: str) -> list[Path]:
     Raises:
         FileNotFoundError: nothing is there.
     """
+    return sorted(map(Path, _listed(root, source).names))
+
+
+def _listed(root: Path, source: str) -> Listing:
+    """The paths of a source's files, and how many others were left out."""
     path = root / Path(source).expanduser()
+    listing = Listing([])
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return [path]
-        found = [
-            file
-            for file in path.iterdir()
-            if file.name.endswith(_PLAIN + _JSON) and not file.name.startswith(".") and file.is_file()
-        ]
+            return Listing([str(path)])
+        listing = list_files(path, lambda name: name.lower().endswith(_PLAIN + _JSON))
+        listing = listing._replace(names=[str(path / name) for name in listing.names])
     elif path.is_file():
-        found = [path]
-    else:
-        found = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
-    if not found:
+        listing = Listing([str(path)])
+    elif glob.has_magic(str(path)):
+        listing = list_glob(str(path), lambda name: True)
+    if not listing.names:
         raise FileNotFoundError(
-            f"There is no text at '{path}': it must be a file, a folder of .txt or .jsonl files, a folder "
-            "that "
-            "`datasets` saved, or a glob."
+            f"There is no text at '{path}'{listing.left_out()}: it must be a file, a folder of .txt or "
+            ".jsonl files, a folder that `datasets` saved, or a glob."
         )
-    return sorted(found)
+    return listing
 
 
 def read_documents(
@@ -86,10 +89,13 @@ def read_documents(
     if source.startswith(HUB):
         yield from _texts(_rows(_hub(source.removeprefix(HUB)), column, source), source, column, render)
         return
-    for file in corpus_files(root, source):
-        if file.is_dir() or file.suffix in (".arrow", ".parquet"):
+    listing = _listed(root, source)
+    if left_out := listing.left_out():
+        log.info("%s: %d files%s.", source, len(listing.names), left_out)
+    for file in sorted(map(Path, listing.names)):
+        if file.is_dir() or file.suffix.lower() in (".arrow", ".parquet"):
             yield from _texts(_rows(_table(file), column, str(file)), file, column, render)
-        elif file.name.endswith(_JSON):
+        elif file.name.lower().endswith(_JSON):
             yield from _texts(_json_rows(file, column), file, column, render)
         else:
             yield from _plain(file, document)
@@ -149,7 +155,7 @@ def _opened(file: Path) -> Iterator[Iterator[str]]:
     Raises:
         CorruptSampleError: it is damaged, or no UTF-8.
     """
-    opener: Any = gzip.open if file.suffix == ".gz" else open
+    opener: Any = gzip.open if file.suffix.lower() == ".gz" else open
     try:
         with opener(file, "rt", encoding="utf-8-sig", newline=None) as lines:
             yield lines
@@ -205,9 +211,9 @@ def _table(path: Path) -> Any:
     except ImportError as error:
         raise MisconfigurationException(f"Reading '{path}' needs the package `datasets`.") from error
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             return Dataset.from_parquet(str(path))
-        found = Dataset.from_file(str(path)) if path.suffix == ".arrow" else load_from_disk(str(path))
+        found = Dataset.from_file(str(path)) if path.suffix.lower() == ".arrow" else load_from_disk(str(path))
     except Exception as error:  # pyarrow and datasets raise nearly anything on damaged files
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split()) or type(cause).__name__

@@ -44,10 +44,10 @@ class TextDataModule(DataModule):
     Batches are dicts: "input_ids" int64 (B, L); "index" int64 (B,), the segment's place in the stream. In
     evaluation each segment is seen by exactly one rank, so sums over tokens are exact on any number of ranks.
 
-    A source is a file, a folder or a glob, relative to `root`: `.txt` and `.raw`, also as `.gz` (joined in
-    the order of their names), `.jsonl` and `.json.gz` with one object a line (C4), `.parquet`,
-    `.arrow`, a folder that
-    `datasets` saved, `.pt` or `.npy` with token ids; or `hub:owner/name[/configuration]/split`.
+    A source is a file, a folder with all that is in it or a glob, relative to `root`: `.txt` and `.raw`, also
+    as `.gz` (joined in the order of their names), `.jsonl` and `.json.gz` with one object a line (C4),
+    `.parquet`, `.arrow`, a folder that `datasets` saved, `.pt` or `.npy` with token
+    ids; or `hub:owner/name[/configuration]/split`.
 
     Args:
         train: source to train on.

@@ -16,6 +16,7 @@ from datamodules.loading import (
     kept_generators,
     seed_generators,
 )
+from datamodules.reading import DataError
 
 
 class Numbers(Dataset):
@@ -388,3 +389,11 @@ def test_collate_images():
     assert batch["image"][:, 0, 0, 0].tolist() == pytest.approx([0, 0.2, 1])
     assert batch["label"].dtype == torch.int64
     assert default_collate(samples)["image"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_images_of_different_sizes_in_a_batch_are_a_sentence_with_both(num_workers):
+    samples = [{"image": torch.zeros(3, 48, side, dtype=torch.uint8)} for side in (64, 32)]
+    loader = ResumableLoader(samples, batch_size=2, collate_fn=collate_images, num_workers=num_workers)
+    with pytest.raises(DataError, match=r"^the images .* such as 48 x 32 and 48 x 64 \(height x width\)"):
+        list(loader)

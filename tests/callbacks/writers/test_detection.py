@@ -77,6 +77,24 @@ def test_json_is_cocos_results_format(trainer, tmp_path):
     assert len(truth.loadRes(str(tmp_path / "run" / "detections.json")).anns) == 10
 
 
+def test_names_that_are_no_unicode_stay_readable_by_every_program(trainer, tmp_path):
+    class Odd(Scenes):
+        class_names = ("c\udce9t", "no class", "new\nline")
+
+        def __init__(self, folder) -> None:
+            super().__init__(folder)
+            self.items = [{**self.items[0], "path": str(folder / "caf\udce9.png")}]
+            Image.new("RGB", (60, 40)).save(self.items[0]["path"])
+
+    run = trainer(callbacks=[DetectionWriter(draw_score=0)], default_root_dir=str(tmp_path / "run"))
+    run.predict(Detector(), datamodule=Odd(tmp_path))
+    text = (tmp_path / "run" / "detections.json").read_text()
+    assert "udce9" not in text
+    found = json.loads(text)
+    assert [row["file_name"] for row in found] == ["caf\\xe9.png"] * 2
+    assert [row["category_name"] for row in found] == ["c\\xe9t", "new\nline"]
+
+
 def test_scores_below_the_least_are_left_out(trainer, tmp_path):
     found = predict(trainer, tmp_path, DetectionWriter(min_score=0.5))
     assert [row["category_id"] for row in found] == [17] * 5

@@ -236,13 +236,14 @@ def secret(tmp_path, made):
     return named
 
 
-@pytest.mark.parametrize("kind", ["up", "up and down", "absolute", "windows"])
+@pytest.mark.parametrize("kind", ["up", "up and down", "absolute", "windows", "absolute windows"])
 def test_file_names_that_lead_out_of_root_are_refused(kind, secret, coco, tmp_path):
     names = {
         "up": "../../private/secret.png",
         "up and down": "deeper/../../../private/secret.png",
         "absolute": str(tmp_path / "private" / "secret.png"),
         "windows": "..\\..\\private\\secret.png",
+        "absolute windows": str(tmp_path / "private" / "secret.png").replace("/", "\\"),
     }
     path = secret(names[kind])
     for stage in ("fit", "validate", "test", "predict"):

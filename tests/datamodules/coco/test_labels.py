@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -138,7 +139,7 @@ def test_categories_of_one_name_are_one_class(made, coco):
         assert [name for name in data.class_names if name != "no class"] == ["fish", "cat"]
 
 
-@pytest.mark.parametrize("ids", [{-1: "ignore", 1: "car"}, {"a": "car"}, {2**40: "car"}, {10**30: "car"}])
+@pytest.mark.parametrize("ids", [{-7: "cat", 1: "car"}, {"a": "car"}, {2**40: "car"}, {10**30: "car"}])
 def test_ids_that_cannot_be_labels_ask_for_contiguous_ones(ids, made, coco):
     path = made("train", content(ids, [["car"]]))
     made("val", content(ids, [["car"]]))
@@ -194,3 +195,33 @@ def test_the_names_of_a_checkpoint_number_data_without_training_file(made, coco,
     arguments["datamodule"] = coco(predict_folder=tmp_path / "coco" / "val2017")
     elsewhere.predict(model, **arguments)
     assert arguments["datamodule"].class_names == ["no class", "car", "person", "dog"]
+
+
+def test_the_category_minus_one_is_no_class_and_counted(made, coco, caplog):
+    """Exporters mark regions to ignore by it; other negative ids are classes."""
+    instances = content({-7: "car", -1: "ignore", 3: "dog"}, [["car", "dog"]])
+    ignored = {"id": 9, "image_id": 10, "category_id": -1, "bbox": [30, 8, 24, 30]}
+    instances["annotations"].insert(1, ignored)
+    made("train", instances)
+    made("val", instances)
+    data = coco(contiguous_labels=True)
+    with caplog.at_level(logging.WARNING):
+        data.setup("fit")
+    assert data.class_names == ["car", "dog"]
+    assert data.datasets["train"][0]["labels"].tolist() == [0, 1]
+    assert [entry["category_id"] for entry in data.datasets["val"][0]["annotations"]] == [0, 1]
+    assert caplog.text.count("left out: 1 annotations of category id -1") == 2
+
+
+def test_no_class_at_all_is_a_sentence(made, coco):
+    path = made("train", content(TRAIN))
+    said = r"classes: \[\] leaves nothing to learn; .* has car, person, dog"
+    with pytest.raises(DataError, match=said) as error:
+        coco(classes=[]).setup("fit")
+    assert str(path) in str(error.value)
+
+
+def test_braces_that_name_nothing_are_a_sentence(coco):
+    for pattern in ("{spilt}", "{split", "{}"):
+        with pytest.raises(MisconfigurationException, match=r"images: .* nothing but \{split\}"):
+            coco(images=pattern)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -72,6 +73,30 @@ def test_a_folder_is_joined_in_the_order_of_its_names(tmp_path):
     (folder / "notes.md").write_text("no")
     assert list(read_documents(tmp_path, "books")) == ["a", "b", "c"]
     assert list(read_documents(tmp_path, "books/[ac].txt")) == ["a", "c"]
+
+
+def test_a_folder_is_read_as_the_images_are(tmp_path, caplog):
+    """Folders in it belong to it, what is hidden does not, and links to it end."""
+    for name in ("a.txt", "deep/b.txt", "._a.txt", ".cache/c.txt", "__MACOSX/d.txt", "@eaDir/e.txt", "f.md"):
+        path = tmp_path / "books" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.stem)
+    for link in ("one", "two"):
+        (tmp_path / "books" / "deep" / link).symlink_to(tmp_path / "books")
+    with caplog.at_level(logging.INFO, "datamodules.text.corpora"):
+        assert list(read_documents(tmp_path, "books")) == ["a", "b"]
+    assert "books: 2 files (left out: 4 hidden, 1 other)" in caplog.text
+    assert list(read_documents(tmp_path, "books/**/*.txt")) == ["a", "b"]
+    assert list(read_documents(tmp_path, "books/*/*.txt")) == ["b"]
+
+
+def test_the_case_of_an_ending_says_nothing(tmp_path):
+    (tmp_path / "A.TXT").write_text("one")
+    (tmp_path / "B.JSONL").write_text('{"text": "two"}')
+    (tmp_path / "c.ndjson").write_text('{"text": "three"}')
+    (tmp_path / "D.TXT.GZ").write_bytes(gzip.compress(b"four"))
+    assert list(read_documents(tmp_path, ".")) == ["one", "two", "four", "three"]
+    assert list(read_documents(tmp_path, "B.JSONL")) == ["two"]
 
 
 def test_lines_are_rows_as_the_hub_has_them(tmp_path):
