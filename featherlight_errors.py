@@ -161,6 +161,8 @@ def _of_torch(error: BaseException, text: str) -> str | None:
         code.co_filename.endswith("checkpoint_connector.py") and "re" in code.co_name[:4] for code in places
     ):
         return _of_a_restore(error, text)
+    if isinstance(error, ValueError) and any(code.co_name == "_parse_ckpt_path" for code in places):
+        return f"ckpt_path: {text}"
     if isinstance(error, KeyError) and places and re.search(r"[/\\]optim[/\\]", places[-1].co_filename):
         return (
             f"the optimiser's state lacks {text}: the checkpoint is of another optimiser. Resume with the "

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,14 +17,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-CONFIG = ("--config", "-c")
+CONFIG = "--config"
 COMMANDS = ("fit", "validate", "test", "predict")
 LONGEST = 160  # characters of a value or a list that a sentence repeats
 
+_CONFIG = re.compile(r"(--co(?:n(?:f(?:ig?)?)?)?|-c)(?:=(.*))?|-c([^=].*)", re.DOTALL)
+"""Every spelling that argparse takes: `--config FILE`, `--config=FILE`, `--conf FILE`, `-c FILE`, ..."""
 _NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value type: .*"
     r"|Expected a <class 'NoneType'>\.?|Not a valid subclass of .*|Subclass types expect one of:"
     r"|a class path \(str\)|a dict with(out)? .*"
+)
+_OF_A_CALLABLE = re.compile(
+    r"Type \S+Callable\[.*?\] expects a function or a callable class: (Option '\w+' is not accepted)\. "
+    r"Got value: Namespace\(class_path='([\w.]+)'.*"
 )
 
 
@@ -56,17 +63,23 @@ def arranged(arguments: Sequence[str]) -> list[str]:
 
     Files keep their order among each other, and so do all other arguments: an option may refer to the one
     before it (`--trainer.callbacks+=FILE --trainer.callbacks.teacher null`).
+
+    Raises:
+        MisconfigurationException: a `--config` without a file.
     """
     start = next((place for place, word in enumerate(arguments, start=1) if word in COMMANDS), 0)
-    files, others = [], []
+    files: list[str] = []
+    others: list[str] = []
     words = iter(arguments[start:])
     for word in words:
-        if word in CONFIG:
-            files += [word, *([value] if (value := next(words, None)) is not None else [])]
-        elif word.startswith("--config="):
-            files.append(word)
-        else:
+        if (found := _CONFIG.fullmatch(word)) is None:
             others.append(word)
+            continue
+        value = found[2] if found[2] is not None else found[3]
+        value = next(words, None) if value is None else value
+        if not value:
+            raise MisconfigurationException(f"{word}: the name of a YAML file is missing.")
+        files += [CONFIG, value]
     return [*arguments[:start], *files, *others]
 
 
@@ -101,14 +114,14 @@ def _sections(arguments: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
     for word in words:
         command = command or (word if word in COMMANDS else "")
         option, equals, value = word.partition("=")
-        if option not in (*CONFIG, "--trainer", "--trainer.callbacks", "--trainer.callbacks+"):
+        if option not in (CONFIG, "--trainer", "--trainer.callbacks", "--trainer.callbacks+"):
             continue
         value = value if equals else next(words, "")
         if option.startswith("--trainer.callbacks"):
             yield f"{option} {value}", option.removeprefix("--trainer."), value
             continue
         content: Any = read_options(value, option)
-        if option in CONFIG:
+        if option == CONFIG:
             content = content.get(command, content) if not command or command in content else content
             content = content.get("trainer") if isinstance(content, dict) else None
         for key in ("callbacks", "callbacks+"):
@@ -121,14 +134,16 @@ def read_options(file: str, option: str = "--config") -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        MisconfigurationException: it cannot be read, is no YAML, or holds no options; names file and line.
+        MisconfigurationException: it cannot be read, is no YAML, holds no options or has a key twice; names
+            file and line.
     """
-    path = Path(file).expanduser()
-    if path.is_dir():
+    path = Path(file).expanduser() if "\n" not in file else None  # a text may be too long for a name
+    is_file = path is not None and os.path.isfile(path)
+    if path is not None and os.path.isdir(path):
         raise MisconfigurationException(f"{option}: '{file}' is a folder, not a YAML file.")
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else file
-        content = yaml.safe_load(text)
+        text = path.read_text(encoding="utf-8") if path is not None and is_file else file
+        content = _OnceLoader(text).get_single_data()
     except UnicodeDecodeError as error:
         raise MisconfigurationException(
             f"{option}: '{file}' is not a text in UTF-8 ({error.reason} at byte {error.start})."
@@ -140,13 +155,28 @@ def read_options(file: str, option: str = "--config") -> dict[str, Any]:
         raise MisconfigurationException(f"{option}: '{file}'{where} is not YAML: {reason}.") from error
     except ValueError as error:  # PyYAML on a date or an integer that is none
         raise MisconfigurationException(f"{option}: '{file}' is not YAML: {error}.") from error
-    if not path.is_file() and not isinstance(content, dict):
+    if not is_file and not isinstance(content, dict):
         raise FileNotFoundError(f"{option}: there is no file '{file}'.")
     if not isinstance(content, dict):
         raise MisconfigurationException(
             f"{option}: '{file}' holds no options such as `trainer:` and `model:`, but {_kind(content)}."
         )
     return content
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would keep the second without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Look at the keys as they are written, before `<<` brings others."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag == "tag:yaml.org,2002:str":
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key '{key.value}' stands twice", problem_mark=key.start_mark
+                )
+            seen |= {key.value} if isinstance(key.value, str) else set()
+        return super().construct_mapping(node, deep)
 
 
 def _kind(content: Any) -> str:
@@ -183,7 +213,7 @@ def check_sections(config: Namespace) -> None:
 def recipe_of(files: Iterable[Any]) -> str | None:
     """The first file that names a model, else the first: a run is called after it."""
     names = [str(file) for file in files]
-    found = (name for name in names if Path(name).is_file() and "model" in read_options(name))
+    found = (name for name in names if os.path.isfile(name) and "model" in read_options(name))
     return next(found, names[0] if names else None)
 
 
@@ -213,6 +243,7 @@ def shortened(message: str, options: Sequence[str] = ()) -> str:
     if not parts or parts[-1].endswith(":"):
         parts.append("this is no valid value")
     sentence = "".join(part + (" " if part.endswith(":") else "; ") for part in parts).rstrip(" ;.")
+    sentence = _OF_A_CALLABLE.sub(r"\2: \1", sentence)
     sentence = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", sentence)
     sentence = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", sentence)
     sentence = re.sub(r'Parser key "([^"]*)"', r"option '\1'", sentence)
@@ -245,7 +276,9 @@ def _near(word: str, known: Iterable[str], prefix: str = "") -> str:
 def _parameters(class_path: str) -> set[str]:
     """What a class and its parents can be given."""
     module, _, name = class_path.rpartition(".")
-    cls = getattr(importlib.import_module(module), name)
+    cls = getattr(importlib.import_module(module), name, None) if module else None
+    if cls is None:  # an option's name, not a class's
+        return set()
     makers = [vars(part).get("__init__", part) for part in cls.__mro__] if isinstance(cls, type) else [cls]
     names = {name for maker in makers for name in inspect.signature(maker).parameters}
     return names - {"self", "args", "kwargs"}

@@ -8,8 +8,10 @@ import time
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import featherlight as featherlight_module
+from featherlight_options import arranged, read_options
 
 RECIPE = {
     "model": {
@@ -202,3 +204,77 @@ def test_a_run_without_checkpoints(in_process, recipe, tmp_path):
     status, printed = in_process("fit", "--config", recipe, "--trainer.enable_checkpointing", "false")
     assert status == 0, printed
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "spelling", [["--conf", "FILE"], ["--con=FILE"], ["-c", "FILE"], ["-cFILE"], ["-c=FILE"]]
+)
+def test_options_win_over_a_file_however_its_option_is_spelt(spelling):
+    given = [
+        "fit",
+        "--trainer.max_epochs",
+        "9",
+        *spelling,
+        "--ckpt_path=auto",
+        "--checkpoint.monitor",
+        "loss",
+    ]
+    expected = [
+        "--config",
+        "FILE",
+        "--trainer.max_epochs",
+        "9",
+        "--ckpt_path=auto",
+        "--checkpoint.monitor",
+        "loss",
+    ]
+    assert arranged(given) == ["fit", *expected]
+
+
+@pytest.mark.parametrize("given", [["--config"], ["--config="], ["-c"]])
+def test_a_config_without_a_file_is_said(given):
+    with pytest.raises(MisconfigurationException, match=r"-c\S*: the name of a YAML file is missing"):
+        arranged(["fit", *given])
+
+
+def test_a_recipe_may_be_a_long_text():
+    assert read_options(yaml.safe_dump(RECIPE)) == RECIPE
+    assert read_options(json.dumps(RECIPE)) == RECIPE
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("trainer: {max_epochs: 1}\ndata: {}\ntrainer: {max_epochs: 2}\n", "line 3, column 1"),
+        ("trainer:\n  callbacks: [a]\n  callbacks: [b]\n", "line 3, column 3"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, text, where):
+    (tmp_path / "twice.yaml").write_text(text)
+    with pytest.raises(
+        MisconfigurationException, match=f"twice.yaml', {where} is not YAML: the key .* stands twice"
+    ):
+        read_options(str(tmp_path / "twice.yaml"))
+
+
+def test_keys_of_an_anchor_may_be_replaced(tmp_path):
+    text = "base: &base {a: 1, b: 2}\nother: {<<: *base, a: 3}\n"
+    assert read_options(text)["other"] == {"a": 3, "b": 2}
+
+
+def test_a_wrong_option_of_an_optimiser_names_it_and_the_nearest(in_process, recipe):
+    status, printed = in_process(
+        "fit", "--config", recipe, "--model.init_args.optimizer.init_args.momentumm", "1"
+    )
+    assert status == 2
+    assert "torch.optim.SGD: Option 'momentumm' is not accepted (did you mean momentum?)." in printed
+    assert "Namespace" not in printed
+
+
+def test_the_best_checkpoint_is_not_known_to_a_new_process(in_process, recipe):
+    status, printed = in_process("test", "--config", recipe, "--ckpt_path", "best")
+    assert status == 2
+    assert "error: test --ckpt_path best: which checkpoint was best is not known" in printed
+    status, printed = in_process("test", "--config", recipe, "--ckpt_path", "hpc")
+    assert status == 2
+    assert "error: ckpt_path: " in printed

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from callbacks.run.directory import checkpoint_directory
@@ -214,10 +215,16 @@ def chosen_checkpoint(command: str, given: str | None, run: Path, dirpath: str |
 
     Raises:
         FileNotFoundError: there is no such checkpoint, and weights are to be evaluated.
+        MisconfigurationException: for `best`.
     """
     folder = checkpoint_directory(run, dirpath)
     if given == "last" and command != "fit" and not (folder / "last.ckpt").exists():
         raise FileNotFoundError(f"{command} --ckpt_path last: there is no '{folder / 'last.ckpt'}'.")
+    if given == "best":
+        raise MisconfigurationException(
+            f"{command} --ckpt_path best: which checkpoint was best is not known to a new process: name its "
+            f"file in '{folder}', or write `auto`."
+        )
     if given != "auto":
         return given
     path = newest_loadable(run, dirpath)
@@ -245,10 +252,11 @@ def newest_loadable(run: Path, dirpath: str | None = None) -> str | None:
         dirpath: folder of the checkpoints, if not the usual one.
     """
     folder = checkpoint_directory(run, dirpath)
-    found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    times = {path: os.stat(path, follow_symlinks=path.exists()).st_mtime_ns for path in folder.glob("*.ckpt")}
+    found = sorted(times, key=lambda path: times[path], reverse=True)
     for path in found:
         try:
-            if path.is_file():
+            if not path.is_dir():
                 _verify(path)
         except Exception as error:  # any damage at all disqualifies the file, and the user is told
             rank_zero_warn(f"ckpt_path auto: '{path}' is passed over, it cannot be read: {error}")

@@ -120,6 +120,9 @@ def test_auto_takes_the_newest_that_loads(tmp_path):
     (folder / ".last.ckpt.77.partial").write_bytes(b"left by a killed writer")
     with pytest.warns(UserWarning, match=r"truncated.ckpt' is passed over"):
         assert newest_loadable(tmp_path) == str(folder / "new.ckpt")
+    (folder / "gone.ckpt").symlink_to("nowhere")
+    with pytest.warns(UserWarning, match=r"gone.ckpt' is passed over"):
+        assert newest_loadable(tmp_path) == str(folder / "new.ckpt")
 
 
 class TermAt(Callback):
