@@ -67,7 +67,7 @@ class CocoAnnotations:
 
     The arrays are made when they are not there yet, beside the JSON or, where that folder cannot be
     written, in the user's cache. They are made again when size or time of the JSON have changed, or when they
-    cannot be read. What is pickled (for a worker) is the path alone.
+    cannot be read or are damaged. What is pickled (for a worker) is the path alone.
 
     Args:
         path: of the JSON.
@@ -81,10 +81,10 @@ class CocoAnnotations:
         if not path.is_file():
             raise FileNotFoundError(f"There is no annotation file {path}.")
         self.path = path
-        self._open()
+        self._open(checked=True)
 
-    def _open(self) -> None:
-        meta, arrays = _index(self.path)
+    def _open(self, checked: bool) -> None:
+        meta, arrays = _index(self.path, checked)
         self.categories: list[dict[str, Any]] = meta["categories"]
         """`id`, as the file writes it, and `name` of each category, by id; one with the id -1 is none."""
         self.numbered: bool = meta["numbered"]
@@ -98,7 +98,7 @@ class CocoAnnotations:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.path = state["path"]
-        self._open()
+        self._open(checked=False)  # who has made this worker has checked
 
     def __len__(self) -> int:
         return len(self.images)
@@ -147,8 +147,13 @@ class CocoAnnotations:
 # The arrays on disk
 
 
-def _index(path: Path) -> tuple[dict[str, Any], list[NDArray[Any]]]:
-    """What the arrays of a JSON hold, made if need be."""
+def _index(path: Path, checked: bool) -> tuple[dict[str, Any], list[NDArray[Any]]]:
+    """What the arrays of a JSON hold, made if need be.
+
+    Args:
+        path: of the JSON.
+        checked: compare images and annotations with their digest.
+    """
     status = path.stat()
     name = f"{path.stem}-{status.st_size}-{status.st_mtime_ns}-{_VERSION}"
     digest = hashlib.sha1(str(path.resolve()).encode("utf-8", "surrogatepass")).hexdigest()[:12]
@@ -156,7 +161,7 @@ def _index(path: Path) -> tuple[dict[str, Any], list[NDArray[Any]]]:
     for folder in candidates:
         if (folder / "meta.json").is_file():
             try:
-                return _load(folder)
+                return _load(folder, checked)
             except (OSError, ValueError, TypeError, EOFError) as error:
                 log.warning("%s cannot be read and is made again (%s).", folder, error)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -165,7 +170,7 @@ def _index(path: Path) -> tuple[dict[str, Any], list[NDArray[Any]]]:
         try:
             with atomic_folder(folder) as target:
                 _save(target, *content)
-            return _load(folder)
+            return _load(folder, checked=False)
         except (OSError, ValueError) as error:
             refused = error
     raise DataError(
@@ -186,16 +191,26 @@ def _save(
 ) -> None:
     for name, array in zip(_FILES, (images, objects, np.frombuffer(text or b"\0", np.uint8)), strict=True):
         np.save(folder / f"{name}.npy", array)
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(json.dumps({**meta, "digest": _digest(images, objects)}))
 
 
-def _load(folder: Path) -> tuple[dict[str, Any], list[NDArray[Any]]]:
+def _digest(images: NDArray[Any], objects: NDArray[Any]) -> str:
+    """Of the fixed part; the texts are large, and damage in them shows when they are read."""
+    summed = hashlib.blake2b(digest_size=16)
+    for array in (images, objects):
+        summed.update(array.view(np.uint8).data)
+    return summed.hexdigest()
+
+
+def _load(folder: Path, checked: bool) -> tuple[dict[str, Any], list[NDArray[Any]]]:
     meta = json.loads((folder / "meta.json").read_text())
     arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _FILES]
     kinds = [array.dtype for array in arrays]
-    known = {"categories", "numbered", "climbing"} <= set(meta)
+    known = {"categories", "numbered", "climbing", "digest"} <= set(meta)
     if kinds != [_IMAGE, _OBJECT, np.dtype(np.uint8)] or not known:
         raise ValueError("it holds something else")
+    if checked and _digest(*arrays[:2]) != meta["digest"]:
+        raise ValueError("it is damaged")
     return meta, arrays
 
 

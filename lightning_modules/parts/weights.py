@@ -41,13 +41,22 @@ def build_network(
     Raises:
         ValueError: timm has no such model; near misses are listed.
         FileNotFoundError: the weights file does not exist.
+        MisconfigurationException: timm's own weights cannot be fetched.
     """
     if not timm.is_model(name):
         close = get_close_matches(name.split(".")[0], timm.list_models(), n=4, cutoff=0.5)
         raise ValueError(f"timm has no model '{name}'. Near misses: {', '.join(close) or 'none'}.")
     if num_classes is not None:
         model_args["num_classes"] = num_classes
-    network = timm.create_model(name, pretrained=weights == "pretrained", **model_args)
+    try:
+        network = timm.create_model(name, pretrained=weights == "pretrained", **model_args)
+    except OSError as error:
+        if weights != "pretrained":
+            raise
+        raise MisconfigurationException(
+            f"weights: pretrained: timm's weights of '{name}' are not on this machine and cannot be fetched "
+            f"({_first_line(error)}): fetch them where there is a network, or name a file."
+        ) from error
     if weights is not None and weights != "pretrained":
         load_weights(network, weights, from_timm_065)
     return network

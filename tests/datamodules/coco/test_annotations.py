@@ -359,7 +359,9 @@ def test_boxes_without_area_or_outside_count_and_are_in_neither_training_nor_tru
 # The index
 
 
-@pytest.mark.parametrize("damage", ["meta.json", "objects.npy", "images.npy", "text.npy", "other", "empty"])
+@pytest.mark.parametrize(
+    "damage", ["meta.json", "objects.npy", "images.npy", "text.npy", "other", "empty", "zeros"]
+)
 def test_a_broken_index_is_made_again(damage, made, caplog):
     path = made("val", content(IDS))
     before = CocoAnnotations(path).objects.tobytes()
@@ -369,6 +371,10 @@ def test_a_broken_index_is_made_again(damage, made, caplog):
     elif damage == "empty":
         for file in folder.iterdir():
             file.write_bytes(b"")
+    elif damage == "zeros":
+        with (folder / "objects.npy").open("r+b") as file:
+            file.seek(-40, 2)
+            file.write(bytes(16))
     else:
         (folder / damage).write_bytes((folder / damage).read_bytes()[:-9])
     after = CocoAnnotations(path)

@@ -24,6 +24,16 @@ def test_an_unknown_model_lists_near_misses():
         build_network("resnet81")
 
 
+def test_pretrained_weights_that_cannot_be_fetched_are_a_sentence_with_model_and_option(monkeypatch):
+    def offline(*_, **__):
+        raise FileNotFoundError("Name or service not known")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    said = r"weights: pretrained: timm's weights of 'test_resnet' .* \(Name or service not known\)"
+    with pytest.raises(MisconfigurationException, match=said):
+        build_network("test_resnet", "pretrained")
+
+
 @pytest.mark.parametrize("wrap", ["bare", "timm", "ddp", "ema_only_ignored", "ours"])
 def test_checkpoints_of_every_origin_load(tmp_path, network, wrap):
     state = network.state_dict()
