@@ -52,6 +52,13 @@ def test_fit_is_left_alone_and_every_other_command_quantizes_once(make_model, to
     assert tested["test/perplexity"] == validated["val/perplexity"]
 
 
+def test_token_ids_beyond_the_vocabulary_are_named_before_anything_is_measured(make_model, tokens, trainer):
+    rows = [{"input_ids": torch.tensor([3, 10**6])}]
+    tokens.test_dataloader = lambda: torch.utils.data.DataLoader(rows)
+    with pytest.raises(MisconfigurationException, match="token id 1000000, but the model's vocabulary has"):
+        trainer(callbacks=[RTN(**SMALL)]).test(make_model(), tokens, verbose=False)
+
+
 def test_untrained_cbq_is_rtn(make_model, tokens, trainer):
     found = [
         trainer(callbacks=[callback]).test(make_model(), tokens, verbose=False)[0]["test/perplexity"]
