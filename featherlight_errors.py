@@ -22,7 +22,7 @@ from lightning_modules.parts.finite import NotFiniteError
 from lightning_modules.parts.weights import examples
 
 USER_ERRORS = (MisconfigurationException, FileNotFoundError, UnpicklingError, CorruptSampleError)
-PATIENCE = 3.0  # seconds that a rank gives rank 0 to say the same
+PATIENCE = 10.0  # seconds that a rank gives rank 0 to say the same
 
 _HERE = Path(__file__).resolve().parent
 _OURS = tuple(str(_HERE / name) for name in ("callbacks", "datamodules", "lightning_modules", "featherlight"))
