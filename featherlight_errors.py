@@ -22,7 +22,7 @@ from lightning_modules.parts.finite import NotFiniteError
 from lightning_modules.parts.weights import examples
 
 USER_ERRORS = (MisconfigurationException, FileNotFoundError, UnpicklingError, CorruptSampleError)
-PATIENCE = 3.0  # seconds that a rank gives rank 0 to say the same
+PATIENCE = 10.0  # seconds that a rank gives rank 0 to say the same
 
 _HERE = Path(__file__).resolve().parent
 _OURS = tuple(str(_HERE / name) for name in ("callbacks", "datamodules", "lightning_modules", "featherlight"))
@@ -86,6 +86,8 @@ def _of_a_constructor(error: Exception, text: str) -> str | None:
         return None
     if isinstance(error, _BUGS) and (_is_ours(places[-1]) or not isinstance(error, AssertionError)):
         return None
+    if _is_of_a_bug(error):
+        return None
     if (cause := error.__cause__) is not None and (said := sentence_of(cause)) is not None:
         return said  # jsonargparse wraps what a constructor raised
     if text.startswith(("Does not validate", "Problem with given class_path")):
@@ -97,6 +99,16 @@ def _of_a_constructor(error: Exception, text: str) -> str | None:
     ]
     known = next((name for name in owners if name not in ("FeatherlightCLI", "LightningCLI")), None)
     return text if known is None or known in text else f"{known}: {text or type(error).__name__}"
+
+
+def _is_of_a_bug(error: BaseException) -> bool:
+    """Whether a line of our own code has stumbled, which no option should make it do."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    places = list(_frames(error))
+    if places and places[-1].tb_frame.f_code.co_name == "__getattr__":  # of torch's Module
+        places.pop()
+    return isinstance(error, _BUGS) and bool(places) and _is_ours(places[-1])
 
 
 def _of_a_worker(error: BaseException, text: str) -> str | None:
@@ -161,6 +173,8 @@ def _of_torch(error: BaseException, text: str) -> str | None:
         code.co_filename.endswith("checkpoint_connector.py") and "re" in code.co_name[:4] for code in places
     ):
         return _of_a_restore(error, text)
+    if text.startswith("Tried to step ") and "total steps" in text:  # OneCycleLR's
+        return f"lr_scheduler: the run is longer than its schedule, set total_steps to its length ({text})."
     if isinstance(error, ValueError) and any(code.co_name == "_parse_ckpt_path" for code in places):
         return f"ckpt_path: {text}"
     if isinstance(error, KeyError) and places and re.search(r"[/\\]optim[/\\]", places[-1].co_filename):

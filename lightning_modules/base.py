@@ -313,8 +313,8 @@ class Method(LightningModule):
                 f"this run has {limit:g}: the rate does not end where the schedule does."
             )
 
-    def _horizon(self) -> tuple[int, int]:
-        """Epochs of the run and optimiser steps in one of them."""
+    def _horizon(self) -> tuple[int, float]:
+        """Epochs of the run and optimiser steps in one of them, a fraction where `max_steps` ends it."""
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise MisconfigurationException(
@@ -323,7 +323,7 @@ class Method(LightningModule):
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 1:
             return 1, int(steps)
-        return epochs, max(1, -(-int(steps) // epochs))
+        return epochs, steps / epochs
 
     # Checkpoints
 

@@ -1,9 +1,11 @@
 """The command line as a user meets it."""
 
+import functools
 import json
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import featherlight as featherlight_module
+import lightning_modules.classification
 from featherlight_options import arranged, read_options
+from lightning_modules.classification import ImageClassifier
 
 RECIPE = {
     "model": {
@@ -278,3 +282,35 @@ def test_the_best_checkpoint_is_not_known_to_a_new_process(in_process, recipe):
     status, printed = in_process("test", "--config", recipe, "--ckpt_path", "hpc")
     assert status == 2
     assert "error: ckpt_path: " in printed
+
+
+@pytest.mark.parametrize("hook", ["__init__", "setup", "losses"])
+def test_a_bug_of_ours_keeps_its_traceback(in_process, recipe, monkeypatch, hook):
+    intact = getattr(ImageClassifier, hook)
+
+    @functools.wraps(intact)
+    def broken(self, *arguments, **options):
+        if hook == "__init__":
+            intact(self, *arguments, **options)
+        return self.no_such_thing
+
+    monkeypatch.setattr(ImageClassifier, hook, ours(broken))
+    with pytest.raises(Exception, match="no_such_thing"):
+        in_process("fit", "--config", recipe)
+
+
+def ours(function):
+    """`function` as if it stood in a file of the package."""
+    code = function.__code__.replace(co_filename=lightning_modules.classification.__file__)
+    return functools.wraps(function)(types.FunctionType(code, globals(), None, None, function.__closure__))
+
+
+def test_a_schedule_shorter_than_the_run_is_one_sentence(in_process, recipe):
+    status, printed = in_process(
+        *("fit", "--config", recipe, "--model.init_args.lr_interval", "step"),
+        *("--model.init_args.lr_scheduler", "torch.optim.lr_scheduler.OneCycleLR"),
+        *("--model.init_args.lr_scheduler.init_args.max_lr", "0.1"),
+        *("--model.init_args.lr_scheduler.init_args.total_steps", "2"),
+    )
+    assert status == 2
+    assert "error: lr_scheduler: the run is longer than its schedule" in printed

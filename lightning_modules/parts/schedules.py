@@ -91,7 +91,7 @@ class WarmupSchedule(LRScheduler):
             "step_on_epochs": interval == "epoch",
         }
 
-    def bind(self, epochs: int, steps_per_epoch: int) -> None:
+    def bind(self, epochs: int, steps_per_epoch: float) -> None:
         """Fix the horizon and set the rate of the first step.
 
         Args:

@@ -1,8 +1,10 @@
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 
+from lightning_modules.classification import ImageClassifier
 from lightning_modules.parts.schedules import WarmupSchedule
 
 
@@ -64,3 +66,16 @@ def test_a_warm_up_longer_than_the_run_is_refused():
 def test_a_fractional_warm_up_needs_steps():
     with pytest.raises(ValueError, match=r"warmup_epochs: 0.5 is not whole"):
         rates(1, 3, 1, interval="epoch", warmup_epochs=0.5)
+
+
+def test_max_steps_ends_the_schedule_where_it_ends_the_run(trainer, blob_data):
+    module = ImageClassifier(
+        "test_vit",
+        num_classes=4,
+        model_args={"img_size": 32},
+        optimizer=partial(torch.optim.SGD, lr=0.4),
+        lr_scheduler=partial(WarmupSchedule, min_lr=0.01),
+    )
+    run = trainer(max_epochs=100, max_steps=6)  # an epoch has 4 steps
+    run.fit(module, blob_data())
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01)
