@@ -108,7 +108,8 @@ def _is_of_a_bug(error: BaseException) -> bool:
     places = list(_frames(error))
     if places and places[-1].tb_frame.f_code.co_name == "__getattr__":  # of torch's Module
         places.pop()
-    return isinstance(error, _BUGS) and bool(places) and _is_ours(places[-1])
+    kinds = (*_BUGS, KeyError, IndexError, ZeroDivisionError)
+    return isinstance(error, kinds) and bool(places) and _is_ours(places[-1]) and not _on_purpose(error)
 
 
 def _of_a_worker(error: BaseException, text: str) -> str | None:

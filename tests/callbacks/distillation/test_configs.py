@@ -37,7 +37,7 @@ def test_drop_ins_differ_in_the_criterion_alone(criterion, callbacks_of):
 def test_two_drop_ins_are_two_objectives_of_one_teacher(callbacks_of):
     first, second = callbacks_of(FOLDER / "ofa.yaml", FOLDER / "fitnet.yaml")
     assert (first.name, second.name) == ("ofa", "fitnet")
-    assert first._source == second._source
+    assert first.source == second.source
 
 
 def test_the_teacher_of_a_drop_in_is_one_option(callbacks_of):
