@@ -24,7 +24,6 @@ from callbacks.run.directory import announce, run_directory, write_json
 from lightning_modules.language_model import (
     CausalLanguageModel,
     TokenLikelihood,
-    check_ids,
     positions_of,
     token_nll,
 )
@@ -228,7 +227,6 @@ class QuantizationCallback(Callback, ABC):
             )
         found = provide()
         model = self._model(trainer.lightning_module)
-        check_ids(found, model.network, model.tokenizer_name)
         limit = positions_of(model.network)
         if limit is not None and found.shape[1] > limit:
             raise MisconfigurationException(
