@@ -199,7 +199,8 @@ def test_what_a_loaders_process_met_is_one_sentence(in_process, recipe, tmp_path
             for number in range(2):
                 (tmp_path / "images" / split / name / f"{number}.png").write_bytes(b"no picture")
     data = ["--data", "ImageFolderDataModule", "--data.init_args.root", "images"]
-    arguments = ["--data.init_args.num_workers", "1", "--model.init_args.num_classes", "2"]
+    arguments = ["--data.init_args.sample", "false", "--data.init_args.num_workers", "1"]
+    arguments += ["--model.init_args.num_classes", "2"]
     status, printed = in_process("validate", "--config", recipe, *data, *arguments)
     assert status == 2
     assert "featherlight: error: cannot read the image images/val/cat/0.png" in printed
