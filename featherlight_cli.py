@@ -19,7 +19,7 @@ import callbacks as _callbacks  # noqa: F401  (its classes get their short names
 import datamodules as _datamodules  # noqa: F401
 import lightning_modules as _lightning_modules  # noqa: F401
 from callbacks.run.checkpointing import AtomicCheckpointIO, RunCheckpoint, chosen_checkpoint
-from callbacks.run.directory import run_directory
+from callbacks.run.directory import replaced_atomically, run_directory
 from callbacks.run.lock import RunLock
 from callbacks.run.log_lines import LogLines
 from callbacks.run.preemption import Preemption
@@ -40,7 +40,8 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called on rank 0 at the start of a run."""
         path = run_directory(trainer) / f"config_{TrainerFn(stage).value}.yaml"
-        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+        with replaced_atomically(path) as unfinished:
+            self.parser.save(self.config, str(unfinished), skip_none=False, overwrite=True, multifile=False)
 
 
 class FeatherlightCLI(LightningCLI):

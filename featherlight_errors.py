@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -134,15 +135,15 @@ def _of_the_system(error: BaseException, text: str) -> str | None:
     """Disks, files, permissions, memory, network."""
     if isinstance(error, MemoryError):
         return f"the memory of this machine does not suffice ({text or 'MemoryError'})."
-    if not isinstance(error, OSError) or _on_purpose(error) or isinstance(error, USER_ERRORS[0]):
+    if not isinstance(error, OSError):
         return None
     if error.errno is None or error.strerror is None:
         return text or type(error).__name__
     where = f" '{printable(os.fsdecode(error.filename))}'" if isinstance(error.filename, (str, bytes)) else ""
     hint = {
-        errno.ENOSPC: "the disk is full: make room, or set trainer.default_root_dir to another disk",
-        errno.EDQUOT: "the quota is used up: make room, or set trainer.default_root_dir to another disk",
-        errno.EROFS: "the disk is read-only: set trainer.default_root_dir to one that can be written",
+        errno.ENOSPC: "the disk is full: make room, or choose another (trainer.default_root_dir)",
+        errno.EDQUOT: "the quota is used up: make room, or choose another disk (trainer.default_root_dir)",
+        errno.EROFS: "the disk is read-only: choose another (trainer.default_root_dir, root of the data)",
         errno.EACCES: "the permission is missing",
         errno.EPERM: "the permission is missing",
         errno.ENOTDIR: "a file is where a folder is needed",
@@ -162,6 +163,9 @@ def _of_torch(error: BaseException, text: str) -> str | None:
             f"the memory of the device does not suffice: lower data.init_args.batch_size "
             f"({text.partition('. ')[0]})."
         )
+    if isinstance(error, RuntimeError) and re.search(r"[Gg]loo|Connection closed by peer|NCCL", text):
+        reason = text.partition(". ")[0]
+        return f"other ranks have gone; what ended them is said there ({reason})."
     if text.startswith("Error(s) in loading state_dict for"):
         return _misfit(str(error))
     if re.match(r"loaded state dict (contains a parameter group|has a different number)", text):
@@ -231,6 +235,16 @@ def guarded(command: Callable[[], Any], debug: bool = False, training: bool = Fa
     Returns:
         The exit status: 0, 1 where training diverged, or 2.
     """
+    in_threads: list[str] = []  # a logger's thread that cannot write; the run itself may end well
+
+    def remember(failure: threading.ExceptHookArgs) -> None:
+        sentence = None if failure.exc_value is None or debug else sentence_of(failure.exc_value)
+        if sentence is None:
+            usual(failure)
+        else:
+            in_threads.append(sentence)
+
+    usual, threading.excepthook = threading.excepthook, remember
     try:
         command()
     except Exception as error:
@@ -239,6 +253,10 @@ def guarded(command: Callable[[], Any], debug: bool = False, training: bool = Fa
             raise
         say(sentence)
         return 1 if training and isinstance(error, NotFiniteError) else 2
+    finally:
+        threading.excepthook = usual
+    for sentence in dict.fromkeys(in_threads):
+        print(f"featherlight: warning: the log is not complete: {sentence}", file=sys.stderr)
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from featherlight_cli import USER_ERRORS
+from featherlight_errors import sentence_of
 
 _home = tempfile.TemporaryDirectory(prefix="hypothesis-")  # it would write `.hypothesis` into the checkout
 set_hypothesis_home_dir(_home.name)
@@ -49,7 +49,9 @@ def outcome(function: Callable[[], Any], *names: str | Path) -> Outcome:
     """
     try:
         return Outcome(value=function())
-    except USER_ERRORS as error:
+    except Exception as error:
+        if sentence_of(error) is None:
+            raise
         kind, sentence = type(error).__name__, str(error)
     assert sentence.strip(), f"{kind} says nothing"
     assert "\n" not in sentence, f"more than a sentence: {sentence!r}"

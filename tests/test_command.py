@@ -10,12 +10,15 @@ import types
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import featherlight as featherlight_module
 import lightning_modules.classification
 from featherlight_options import arranged, read_options
 from lightning_modules.classification import ImageClassifier
+from tests.fuzzing import fuzz
 
 RECIPE = {
     "model": {
@@ -314,3 +317,65 @@ def test_a_schedule_shorter_than_the_run_is_one_sentence(in_process, recipe):
     )
     assert status == 2
     assert "error: lr_scheduler: the run is longer than its schedule" in printed
+
+
+def test_an_option_wins_over_a_file_behind_it(in_process, recipe, tmp_path):
+    (tmp_path / "more.yaml").write_text("trainer: {max_epochs: 7, callbacks+: [LearningRateMonitor]}\n")
+    options = ["--trainer.callbacks+", "EarlyStopping", "--trainer.callbacks.monitor", "train/loss"]
+    arguments = [*options, "--trainer.max_epochs=3", "--config", recipe, "--config", "more.yaml"]
+    status, printed = in_process("fit", *arguments, "--print_config")
+    assert status == 0
+    composed = yaml.safe_load(printed)["trainer"]
+    assert composed["max_epochs"] == 3
+    names = [callback["class_path"].rpartition(".")[2] for callback in composed["callbacks"]]
+    assert names == ["LearningRateMonitor", "EarlyStopping"]
+
+
+def test_what_a_loaders_process_met_is_one_sentence(in_process, recipe, tmp_path):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for number in range(2):
+                (tmp_path / "images" / split / name / f"{number}.png").write_bytes(b"no picture")
+    data = ["--data", "ImageFolderDataModule", "--data.init_args.root", "images"]
+    arguments = ["--data.init_args.sample", "false", "--data.init_args.num_workers", "1"]
+    arguments += ["--model.init_args.num_classes", "2"]
+    status, printed = in_process("validate", "--config", recipe, *data, *arguments)
+    assert status == 2
+    assert "featherlight: error: cannot read the image images/val/cat/0.png" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_checkpoint_that_is_none_of_this_run(in_process, recipe, tmp_path):
+    torch.save({"fc.weight": torch.ones(2, 2)}, tmp_path / "bare.ckpt")
+    status, printed = in_process("test", "--config", recipe, "--ckpt_path", "bare.ckpt")
+    assert status == 2
+    assert "model.init_args.weights" in printed
+
+
+WORDS = st.text(st.characters(codec="utf-8"), max_size=6) | st.sampled_from(
+    ["null", "[", "{a: 1}", "-1", "nan", "1e9"]
+)
+KEYS = [
+    "trainer.max_epochs",
+    "trainer.callbacks+",
+    "model",
+    "model.init_args.model",
+    "data.init_args.batch_size",
+]
+KEYS += ["checkpoint", "data.init_args.transforms", "trainer.nothing", "seed_everything", "config"]
+
+
+@fuzz(25)
+@given(key=st.sampled_from(KEYS), word=WORDS, separate=st.booleans())
+def test_any_option_is_taken_or_refused_in_a_sentence(tmp_path, capsys, key, word, separate):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    option = [f"--{key}", word] if separate else [f"--{key}={word}"]
+    try:
+        status = featherlight_module.main(
+            ["fit", "--config", str(tmp_path / "recipe.yaml"), *option, "--print_config"]
+        )
+    except SystemExit as left:
+        status = left.code
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("featherlight: error: ")]
+    assert (status, len(said)) in ((0, 0), (2, 1))

@@ -23,7 +23,6 @@ from callbacks.run.directory import announce, run_directory, write_json
 from lightning_modules.language_model import (
     CausalLanguageModel,
     TokenLikelihood,
-    check_ids,
     positions_of,
     token_nll,
 )
@@ -203,7 +202,6 @@ class QuantizationCallback(Callback, ABC):
                 for number, batch in enumerate(loader):
                     if number >= bound:
                         break
-                    check_ids(batch["input_ids"], module.network, module.tokenizer_name)
                     ids = batch["input_ids"].to(module.device)
                     metric.update(token_nll(module(ids), ids))
         return float(metric.compute())
@@ -219,7 +217,6 @@ class QuantizationCallback(Callback, ABC):
         data = require(datamodule_of(trainer), HasCalibrationSegments, f"{type(self).__name__}'s calibration")
         segments = data.calibration_segments()
         model = self._model(trainer.lightning_module)
-        check_ids(segments, model.network, model.tokenizer_name)
         limit = positions_of(model.network)
         if limit is not None and segments.shape[1] > limit:
             raise MisconfigurationException(

@@ -51,14 +51,23 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def replaced_atomically(path: Path) -> Iterator[Path]:
-    """A new file to write to; it becomes `path` if the block ends well, and is removed otherwise."""
+    """A new file to write to; it becomes `path` if the block ends well, and is removed otherwise.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
+    """
     unfinished = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
         yield unfinished
         synchronise(unfinished)
         os.replace(unfinished, path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(unfinished)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def synchronise(path: Path) -> None:

@@ -267,13 +267,14 @@ def is_tokens(source: str) -> bool:
     return source.endswith(_TOKENS)
 
 
-def packed_segments(ids: Tensor, length: int, count: int | None = None) -> Tensor:
+def packed_segments(ids: Tensor, length: int, count: int | None = None, name: str = "The text") -> Tensor:
     """Consecutive segments (segments, length) of a stream (tokens,); the tail is dropped.
 
     Args:
         ids: the whole stream.
         length: tokens of a segment.
         count: take the first so many; None is all.
+        name: of the text, for the error.
 
     Raises:
         ValueError: there are too few tokens; says how many were found and needed.
@@ -281,7 +282,7 @@ def packed_segments(ids: Tensor, length: int, count: int | None = None) -> Tenso
     needed = length * (count or 1)
     if len(ids) < needed:
         raise ValueError(
-            f"The text has {len(ids)} tokens, and {count or 1} segments of {length} need {needed}: give "
+            f"{name} has {len(ids)} tokens, and {count or 1} segments of {length} need {needed}: give "
             "more text, "
             "fewer or shorter segments."
         )

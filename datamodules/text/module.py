@@ -146,7 +146,8 @@ class TextDataModule(DataModule):
             if split not in self.datasets:
                 ids = self._stream(self.sources[split])
                 count = None if split == "train" else self.eval_segments
-                self.datasets[split] = SegmentDataset(packed_segments(ids, self.seq_len, count))
+                name = f"The {split} text '{self.sources[split]}'"
+                self.datasets[split] = SegmentDataset(packed_segments(ids, self.seq_len, count, name))
 
     def calibration_segments(self) -> Tensor:
         """The segments to calibrate with, int64 (n_calibration, calibration_seq_len), the same on all ranks.
@@ -158,9 +159,11 @@ class TextDataModule(DataModule):
         self._check_overlap()
         length, count = self.calibration_seq_len, self.n_calibration
         if self.segmentation == "packed" or is_tokens(self.calibration):
-            return packed_segments(self._stream(self.calibration), length, count)
+            name = f"The calibration text '{self.calibration}'"
+            return packed_segments(self._stream(self.calibration), length, count, name)
         documents = list(self._documents(self.calibration))
-        return random_segments(documents, self._encode, length, count, self.run_seed)
+        segments = random_segments(documents, self._encode, length, count, self.run_seed)
+        return self._known(segments, self.calibration)
 
     def _check_overlap(self) -> None:
         if self.allow_overlap:
@@ -197,8 +200,26 @@ class TextDataModule(DataModule):
 
         if is_tokens(source):
             self.require(self.root / source)
-            return read_tokens(self.root / source)
-        return torch.tensor(self._encode(self.joiner.join(self._documents(source))))
+            return self._known(read_tokens(self.root / source), source)
+        ids = torch.tensor(self._encode(self.joiner.join(self._documents(source))), dtype=torch.int64)
+        return self._known(ids, source)
+
+    def _known(self, ids: Tensor, source: str) -> Tensor:
+        """The same token ids, if the model knows them all.
+
+        Raises:
+            MisconfigurationException: one is beyond the vocabulary; names it, the size and the source.
+        """
+        module = None if self.trainer is None else self.trainer.lightning_module
+        size = getattr(module, "vocabulary_size", None)
+        outside = ids[(ids < 0) | (ids >= size)] if size is not None else ids[:0]
+        if outside.numel():
+            name = getattr(module, "tokenizer_name", "unknown")
+            raise MisconfigurationException(
+                f"'{source}' has the token id {int(outside.flatten()[0])}, but the model's vocabulary has "
+                f"{size} tokens, 0 to {size - 1}: the tokenizer ('{name}') is not the model's."
+            )
+        return ids
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer()(text, add_special_tokens=False, verbose=False).input_ids

@@ -209,6 +209,14 @@ class HasTokenizer(Protocol):
 
 
 @runtime_checkable
+class HasVocabularySize(Protocol):
+    """How many tokens the network knows; text data compare their ids with it."""
+
+    @property
+    def vocabulary_size(self) -> int: ...
+
+
+@runtime_checkable
 class HasEncoder(Protocol):
     """Frozen network whose features the data may cache."""
 

@@ -1,6 +1,9 @@
 """CausalLanguageModel: perplexity as one counts it by hand, loading, training."""
 
+import io
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lightning_modules import CausalLanguageModel
-from lightning_modules.language_model import TokenLikelihood, load_language_model, token_nll
+from lightning_modules.language_model import (
+    TokenLikelihood,
+    load_language_model,
+    load_tokenizer,
+    positions_of,
+    token_nll,
+)
 
 TINY = {
     "hidden_size": 32,
@@ -176,3 +185,48 @@ def test_mistakes(trainer):
         MisconfigurationException, match=r"seq_len is 40, but the model has only 32 positions"
     ):
         trainer().test(tiny(), Segments(seq_len=40), verbose=False)
+
+
+BERT = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_models_that_see_later_tokens_are_refused(family):
+    arguments = {**BERT, "intermediate_size": 16, "max_position_embeddings": 20}
+    with pytest.raises(MisconfigurationException, match=rf"'{family}' .*is no causal language model"):
+        CausalLanguageModel(family, model_args=arguments, tokenizer="bytes")
+    CausalLanguageModel(family, model_args={**arguments, "is_decoder": True}, tokenizer="bytes")
+
+
+def test_families_that_are_causal_by_construction_are_not_tried():
+    arguments = {**BERT, "intermediate_size": 16, "max_position_embeddings": 20}
+    CausalLanguageModel("gpt_neox", model_args=arguments, tokenizer="bytes")
+
+
+def test_the_positions_of_a_text_model_inside_another_count():
+    inner = SimpleNamespace(max_position_embeddings=32)
+    network = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: inner))
+    assert positions_of(network) == 32
+
+
+def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(tmp_path, monkeypatch):
+    mapped = {
+        "AutoConfig": "own.Config",
+        "AutoModelForCausalLM": "own.Model",
+        "AutoTokenizer": ["own.T", None],
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": mapped}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": mapped, "tokenizer_class": "T"}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    for load in (load_language_model, load_tokenizer):
+        with pytest.raises(MisconfigurationException, match=r"brings Python code of its own.*never run"):
+            load(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_folder_is_named(tmp_path):
+    tiny().network.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"garbage garbage")
+    with pytest.raises(MisconfigurationException, match=r"model '.*' cannot be loaded"):
+        load_language_model(str(tmp_path))

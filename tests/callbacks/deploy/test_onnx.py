@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import os
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
+import callbacks.deploy.onnx as onnx_module
 from callbacks.deploy.onnx import ONNXExport, export_onnx, max_abs_difference, tensors_in
 from callbacks.run.results import Results
 from lightning_modules import CausalLanguageModel, ImageClassifier
@@ -198,3 +200,23 @@ def test_several_inputs_and_outputs(tmp_path):
     assert [name for name, _ in names_of(tmp_path / "both.onnx")] == [
         *("input_0", "input_1", "sum", "parts_0", "parts_1")
     ]
+
+
+def test_a_graph_and_the_weights_beside_it_are_one_at_any_moment(tmp_path, monkeypatch):
+    """The graph is replaced last; until then the older one refers to older weights, which are still there."""
+    monkeypatch.setattr(onnx_module, "PROTOBUF_LIMIT", 0)
+    path, images = tmp_path / "model.onnx", torch.rand(2, 3, 4, 4)
+    networks = [nn.Conv2d(3, 64, 3).eval() for _ in range(2)]
+    (tmp_path / "model-notes.onnx.data").write_text("of somebody else")
+    export_onnx(networks[0], (images,), path)
+    replace, seen = os.replace, []
+
+    def replacing(source, target):
+        seen.append(max_abs_difference(networks[0], path, [(images,)]) < 1e-5)
+        replace(source, target)
+
+    monkeypatch.setattr(onnx_module.os, "replace", replacing)
+    export_onnx(networks[1], (images,), path)
+    assert seen == [True, True]
+    assert max_abs_difference(networks[1], path, [(images,)]) < 1e-5
+    assert len(list(tmp_path.iterdir())) == 3

@@ -3,15 +3,19 @@
 import gzip
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from datamodules import TextDataModule
+from datamodules import CorruptSampleError, TextDataModule
 from datamodules.samples.text import prose
 from datamodules.text.corpora import packed_segments, random_segments, read_documents
+from tests.fuzzing import fuzz, outcome
 
 
 class Letters:
@@ -193,3 +197,104 @@ def test_the_sample_is_the_same_text_each_time(tmp_path):
     assert (tmp_path / "a" / "test.txt").read_text() not in text
     with pytest.raises(MisconfigurationException, match="made with"):
         make(tmp_path / "a", sample=True, sample_size=50).prepare_data()
+
+
+def test_null_rows_are_counted_and_left_out(tmp_path, caplog):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "one"}\n{"text": 2}\n{"text": null}\n')
+    datasets.Dataset.from_dict({"text": ["one", None]}).save_to_disk(tmp_path / "saved")
+    assert list(read_documents(tmp_path, "a.jsonl")) == ["one", "2"]
+    assert "a.jsonl: 2 rows have no 'text'" in caplog.text
+    assert list(read_documents(tmp_path, "saved")) == ["one"]
+    assert "saved: 1 rows" in caplog.text
+
+
+def test_chats_are_refused_or_rendered(tmp_path):
+    messages = [{"role": "user", "content": "hi"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: 'messages' holds messages.*chat: true"):
+        list(read_documents(tmp_path, "chat.jsonl", "messages"))
+    data = make(tmp_path, test="chat.jsonl", column="messages", chat=True, seq_len=4)
+    data.tokenizer.apply_chat_template = lambda given, tokenize: f"<{given[0]['role']}>{given[0]['content']}"
+    data.setup("test")
+    assert text_of(data.datasets["test"].segments) == "<user>hi"
+    data.tokenizer.apply_chat_template = lambda given, tokenize: given[0]["name"]
+    data.datasets.clear()
+    with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: the chat template"):
+        data.setup("test")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("latin.txt", "café".encode("latin-1")),
+        ("wide.txt", "text".encode("utf-16")),
+        ("latin.jsonl", '{"text": "café"}'.encode("latin-1")),
+        ("plain.txt.gz", b"not compressed"),
+        ("cut.txt.gz", gzip.compress(bytes(range(128)) * 99)[:-20]),
+        ("bad.parquet", b"PAR1 garbage"),
+        ("bad.npy", b"\x93NUMPY garbage"),
+        ("bad.pt", b"garbage"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorruptSampleError, match=name) as raised:
+        make(tmp_path, test=name).setup("test")
+    assert "pickle" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_compressed_text_a_byte_order_mark_and_hidden_files(tmp_path):
+    with gzip.open(tmp_path / "a.txt.gz", "wt") as file:
+        file.write("one")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo")
+    (tmp_path / "._b.txt").write_bytes(b"\x00\xff")
+    assert list(read_documents(tmp_path, ".")) == ["one", "two"]
+
+
+def test_an_empty_corpus_is_named(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match=r"The test text 'empty\.txt' has 0 tokens"):
+        make(tmp_path, test="empty.txt").setup("test")
+    (tmp_path / "null.jsonl").write_text('{"text": null}\n')
+    with pytest.raises(ValueError, match="no document"):
+        make(tmp_path, calibration="null.jsonl", segmentation="random").calibration_segments()
+
+
+def test_ids_beyond_the_vocabulary_are_named(root):
+    data = make(root)
+    module = SimpleNamespace(tokenizer=Letters(), tokenizer_name="letters", vocabulary_size=99)
+    data.trainer = SimpleNamespace(lightning_module=module)
+    data.setup("validate")  # ord("b") is 98
+    module.vocabulary_size = 98
+    data.datasets.clear()
+    with pytest.raises(
+        MisconfigurationException, match=r"valid\.txt' has the token id 98.*has 98 .*'letters'"
+    ):
+        data.setup("validate")
+
+
+ROWS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["text", "a"]), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@fuzz(80)
+@given(
+    st.lists(ROWS, max_size=4),
+    st.binary(max_size=12),
+    st.sampled_from([".jsonl", ".jsonl.gz", ".txt", ".txt.gz"]),
+)
+def test_any_text_is_read_counted_or_refused_in_a_sentence(tmp_path, rows, noise, suffix):
+    content = "\n".join(map(json.dumps, rows)).encode() + b"\n" + noise
+    path = tmp_path / f"fuzzed{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") and len(noise) % 2 else content)
+    found = outcome(lambda: list(read_documents(tmp_path, path.name)), path)
+    if found.read:
+        assert all(isinstance(text, str) for text in found.value)
+        assert len(found.value) <= max(1, content.count(b"\n") + 1)

@@ -3,10 +3,13 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis.strategies import data, integers, sampled_from
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 
 from lightning_modules.parts.weights import build_network, load_weights, state_dict_of
+from tests.fuzzing import fuzz, outcome
 
 
 @pytest.fixture
@@ -104,3 +107,53 @@ def test_keys_that_do_not_fit_are_listed(tmp_path, network):
     assert "1 missing: fc.bias" in message
     assert "1 unexpected: extra" in message
     assert "fc.weight: (7, 7) in the file, (4, 96) in the network" in message
+
+
+@pytest.mark.parametrize("key", ["model_state_dict", "state_dict_ema", "backbone"])
+def test_weights_under_other_names_are_found(tmp_path, network, key):
+    torch.save({"epoch": 3, key: network.state_dict(), "args": {"lr": 1}}, tmp_path / "weights.pth")
+    assert same(build_network("test_resnet", tmp_path / "weights.pth", 4), network)
+
+
+def test_the_keys_of_a_file_without_known_weights_are_named(tmp_path, network):
+    state = network.state_dict()
+    torch.save({"epoch": 3, "teacher": state, "student": state}, tmp_path / "two.pth")
+    with pytest.raises(
+        MisconfigurationException, match=r"two.pth' holds no weights.*epoch, teacher, student"
+    ):
+        load_weights(network, tmp_path / "two.pth")
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "web page"),
+        (b"some garbage", "damaged"),
+        (b"\x80\x04K", "damaged|refused"),
+    ],
+)
+def test_what_is_no_file_of_weights_is_told(tmp_path, network, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MisconfigurationException, match=rf"{name}'.*({said})") as raised:
+        load_weights(network, tmp_path / name)
+    assert "\n" not in str(raised.value)
+    assert "weights_only" not in str(raised.value)
+
+
+@fuzz(60)
+@given(data())
+def test_a_damaged_file_is_read_or_refused_in_a_sentence(tmp_path, network, draw):
+    kind = draw.draw(sampled_from(["pth", "legacy", "safetensors"]))
+    path = tmp_path / f"fuzzed.{'safetensors' if kind == 'safetensors' else 'pth'}"
+    if kind == "safetensors":
+        save_file({"w": torch.ones(3)}, path)
+    else:
+        torch.save({"w": torch.ones(3)}, path, _use_new_zipfile_serialization=kind == "pth")
+    content = bytearray(path.read_bytes())
+    for _ in range(draw.draw(integers(1, 4))):
+        content[draw.draw(integers(0, len(content) - 1))] = draw.draw(integers(0, 255))
+    path.write_bytes(content[: draw.draw(integers(1, len(content)))])
+    outcome(lambda: load_weights(network, path), path)
