@@ -144,6 +144,26 @@ def positions_of(network: nn.Module) -> int | None:
     return limit if isinstance(limit, int) else None
 
 
+def check_ids(ids: Tensor, network: nn.Module, tokenizer: str) -> None:
+    """Compare token ids with the vocabulary, whoever has made them; text data name their source themselves.
+
+    Args:
+        ids: of any shape, on the CPU.
+        network: the model.
+        tokenizer: its name, for the error.
+
+    Raises:
+        MisconfigurationException: one is outside; names it, the vocabulary's size and the tokenizer.
+    """
+    size = network.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    outside = ids[(ids < 0) | (ids >= size)]
+    if outside.numel():
+        raise MisconfigurationException(
+            f"The data has token id {int(outside[0])}, but the model's vocabulary has {size} tokens, 0 to "
+            f"{size - 1}: the data is of another tokenizer, or '{tokenizer}' is not the model's."
+        )
+
+
 def _place(name: str) -> str:
     return str(Path(name).parent) if name.endswith(".gguf") else name
 
@@ -281,6 +301,11 @@ class CausalLanguageModel(Method):
                 f"data.seq_len is {length}, but the model has only {limit} positions "
                 "(max_position_embeddings)."
             )
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Look at the token ids, where that stalls no device."""
+        check_ids(batch["input_ids"], self.network, self.tokenizer_name)
+        return batch
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (batch, length, vocabulary) of token ids (batch, length)."""

@@ -18,7 +18,7 @@ else:
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("callbacks", "lightning_modules", "datamodules")
-SCRIPTS = ("featherlight.py", "featherlight_cli.py")
+SCRIPTS = ("featherlight.py", "featherlight_cli.py", "featherlight_errors.py", "featherlight_options.py")
 
 
 def our_files() -> list[Path]:

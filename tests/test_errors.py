@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules import CorruptSampleError
 from datamodules.text.corpora import packed_segments
-from featherlight_errors import guarded, sentence_of
+from featherlight_errors import PATIENCE, guarded, sentence_of
 from lightning_modules.parts.finite import NotFiniteError
 
 
@@ -42,9 +42,10 @@ def first_of(error):
 
 
 def test_what_a_worker_met_is_said_as_it_was_said_there():
-    error = first_of(CorruptSampleError("cannot read a.png\n(cut)"))
+    assert sentence_of(first_of(CorruptSampleError("cannot read a.png\n(cut)"))) == "cannot read a.png (cut)"
+    error = first_of(MisconfigurationException("no label\n(cut)"))
     assert "Traceback" in str(error)
-    assert sentence_of(error) == "cannot read a.png (cut)"
+    assert sentence_of(error) == "no label (cut)"
     assert sentence_of(first_of(PermissionError(errno.EACCES, "Permission denied", "a.png"))) == (
         "[Errno 13] Permission denied: 'a.png'"
     )
@@ -113,7 +114,7 @@ def test_only_what_rank_0_may_not_know_is_said_by_others(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert guarded(lambda: os.stat("/nowhere/at/all")) == 2
     assert capsys.readouterr().err.endswith("(rank 1)\n")
-    assert waits == [3.0]
+    assert waits == [PATIENCE]
 
 
 def test_a_logger_that_cannot_write_prints_no_traceback(capsys):

@@ -11,10 +11,10 @@ CALLBACKS = ["--trainer.callbacks+=kd.yaml", "--trainer.callbacks.teacher", "nul
 
 def test_files_come_first_and_everything_else_keeps_its_order():
     given = ["fit", *CALLBACKS, "--config", "a.yaml", "--x=1", "-c", "b.yaml", "--config=c.yaml", "--y"]
-    files = ["--config", "a.yaml", "-c", "b.yaml", "--config=c.yaml"]
+    files = ["--config", "a.yaml", "--config", "b.yaml", "--config", "c.yaml"]
     assert arranged(given) == ["fit", *files, *CALLBACKS, "--x=1", "--y"]
-    assert arranged(["--config", "all.yaml", "fit", "--a", "--config"]) == [
-        *("--config", "all.yaml", "fit", "--config", "--a")
+    assert arranged(["--config", "all.yaml", "fit", "--a", "--config", "b.yaml"]) == [
+        *("--config", "all.yaml", "fit", "--config", "b.yaml", "--a")
     ]
 
 

@@ -43,7 +43,8 @@ _CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
 _CLI = "lightning.pytorch.cli.LightningCLI"
 _DDP = "torch.nn.parallel.DistributedDataParallel"
 _CHECKPOINTING, _RESUMING = ("callbacks/run/checkpointing.py",), ("callbacks/run/resuming.py",)
-_PACKING, _ENCODER = ("lightning_modules/deco/packing.py",), ("lightning_modules/parts/encoder.py",)
+_ENCODER = ("lightning_modules/parts/encoder.py",)
+_GEOMETRY, _AVERAGING = "callbacks/run/geometry.py", "lightning_modules/parts/averaging.py"
 _COMMAND = ("featherlight_cli.py",)
 
 PRIVATE = (
@@ -53,10 +54,15 @@ PRIVATE = (
     Private(_CHECKPOINT, "_last_global_step_saved", _CHECKPOINTING, "last.ckpt as new as the run's end"),
     Private(_CHECKPOINT, "_monitor_candidates", _CHECKPOINTING, "writing last.ckpt"),
     Private(_CHECKPOINT, "_save_last_checkpoint", _CHECKPOINTING, "writing last.ckpt"),
-    Private(_FIT_LOOP, "_data_fetcher", _RESUMING, "resuming in the middle of an epoch"),
-    Private(_FIT_LOOP, "_combined_loader", _RESUMING, "resuming the loaders in the middle of an epoch"),
+    Private(_FIT_LOOP, "_data_fetcher", (*_RESUMING, _GEOMETRY), "resuming in the middle of an epoch"),
+    Private(_FIT_LOOP, "_combined_loader", (*_RESUMING, _GEOMETRY), "resuming the loaders inside an epoch"),
     Private(_FIT_LOOP, "_load_combined_loader_states", _RESUMING, "resuming the loaders"),
-    Private(_EPOCH_LOOP, "_should_check_val_fx", _RESUMING, "resuming between a step and its validation"),
+    Private(
+        _EPOCH_LOOP,
+        "_should_check_val_fx",
+        (*_RESUMING, _GEOMETRY),
+        "resuming between a step and its validation",
+    ),
     Private(_EPOCH_LOOP, "_batches_that_stepped", _RESUMING, "the step that the loggers count on resume"),
     Private(
         "lightning.pytorch.callbacks.Callback",
@@ -65,21 +71,48 @@ PRIVATE = (
         "two callbacks of one class in a checkpoint",
     ),
     Private(
-        "lightning.pytorch.callbacks.WeightAveraging",
-        "_average_model",
-        ("callbacks/pruning/base.py",),
-        "masks on the averaged weights",
+        "lightning.pytorch.Trainer",
+        "_signal_connector",
+        ("callbacks/run/preemption.py",),
+        "signals that Lightning would obey in the middle of a step",
+    ),
+    *(
+        Private("lightning.pytorch.callbacks.WeightAveraging", name, (_AVERAGING,), "counters and thresholds")
+        for name in ("_average_model", "_copy_average_to_current", "_swap_models")
+    ),
+    Private(
+        "torch.nn.modules.batchnorm",
+        "_NormBase",
+        (_AVERAGING, "lightning_modules/parts/modes.py"),
+        "telling the statistics of norms from other buffers",
+    ),
+    Private(
+        "jsonargparse.ArgumentParser", "_actions", ("featherlight_options.py",), "near misses of options"
+    ),
+    *(
+        Private(
+            "torch.optim.lr_scheduler.SequentialLR",
+            name,
+            ("lightning_modules/parts/schedules.py",),
+            "the length of a schedule",
+        )
+        for name in ("_milestones", "_schedulers")
     ),
     Private(
         "lightning.pytorch.LightningModule",
         "_trainer",
-        ("lightning_modules/gendet/module.py",),
-        "scoring without a Trainer",
+        (
+            "lightning_modules/base.py",
+            "lightning_modules/deco/module.py",
+            "lightning_modules/gendet/module.py",
+        ),
+        "scoring and loading without a Trainer",
     ),
     Private(_CLI, "_get", _COMMAND, "the options of the Trainer"),
     Private(_CLI, "_instantiate_trainer", _COMMAND, "the order of callbacks"),
     Private(_CLI, "_parse_ckpt_path", _COMMAND, "options from the recipe instead of from the checkpoint"),
     Private(_CLI, "_prepare_subcommand_parser", _COMMAND, "the defaults of each subcommand"),
+    Private(_CLI, "_run_subcommand", _COMMAND, "signals before the run begins"),
     Private(
         "timm.models.vision_transformer.VisionTransformer",
         "_pos_embed",
@@ -122,12 +155,6 @@ PRIVATE = (
     Private("torch.utils", "_python_dispatch", ("callbacks/measure/macs.py",), "counting MACs"),
     Private("torch.ops.aten.mm.default", "_schema", ("callbacks/measure/macs.py",), "counting MACs"),
     Private("torch.UntypedStorage", "_cdata", ("callbacks/measure/macs.py",), "MACs of sparse weights"),
-    Private("torch", "_C", _PACKING, "packed layers on the CPU"),
-    Private("torch._C", "_nn", _PACKING, "packed layers on the CPU"),
-    Private("torch._C", "_len_torch_dispatch_stack", _PACKING, "packed layers under a FLOP counter"),
-    Private("torch.ops.mkldnn", "_convolution_pointwise", _PACKING, "packed layers on the CPU"),
-    Private("torch.ops.mkldnn", "_linear_pointwise", _PACKING, "packed layers on the CPU"),
-    Private("torch.ops.mkldnn", "_reorder_linear_weight", _PACKING, "packed layers on the CPU"),
 )
 
 
@@ -186,7 +213,7 @@ def _is_private(name: str) -> bool:
 def _outside_of_classes() -> Iterator[tuple[str, str]]:
     """Files of ours and private names that they import, or ask of an object, and that we define nowhere."""
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in our_files()}
-    ours = {name for tree in trees.values() for name in _defined(tree)}
+    ours = {"_exit"} | {name for tree in trees.values() for name in _defined(tree)}  # os._exit is no secret
     for file, tree in trees.items():
         for name in _names(tree, ours):
             yield file.relative_to(REPOSITORY).as_posix(), name

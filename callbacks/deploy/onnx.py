@@ -2,6 +2,7 @@
 
 import glob
 import importlib.util
+import inspect
 import logging
 import os
 import re
@@ -265,6 +266,8 @@ def _traced(
     outputs = [name for name, _ in named_outputs(network(*inputs.values()), spec.outputs)]
     sizes = {called: torch.export.Dim(called) for name in inputs for called in spec.axes(name).values()}
     shapes = tuple({axis: sizes[called] for axis, called in spec.axes(name).items()} for name in inputs)
+    takes = inspect.signature(network.forward).parameters.values()
+    together = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in takes)
     level = logging.getLogger("onnxscript").level
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it reports each pass of its optimiser
     try:
@@ -276,7 +279,7 @@ def _traced(
                 dynamo=True,
                 input_names=list(inputs),
                 output_names=outputs,
-                dynamic_shapes=(shapes,),
+                dynamic_shapes=(shapes,) if together else shapes,
                 opset_version=opset,
                 verbose=False,
             )

@@ -23,6 +23,7 @@ from callbacks.run.directory import announce, run_directory, write_json
 from lightning_modules.language_model import (
     CausalLanguageModel,
     TokenLikelihood,
+    check_ids,
     positions_of,
     token_nll,
 )
@@ -202,6 +203,7 @@ class QuantizationCallback(Callback, ABC):
                 for number, batch in enumerate(loader):
                     if number >= bound:
                         break
+                    check_ids(batch["input_ids"], module.network, module.tokenizer_name)
                     ids = batch["input_ids"].to(module.device)
                     metric.update(token_nll(module(ids), ids))
         return float(metric.compute())

@@ -217,6 +217,7 @@ def test_a_graph_and_the_weights_beside_it_are_one_at_any_moment(tmp_path, monke
 
     monkeypatch.setattr(onnx_module.os, "replace", replacing)
     export_onnx(networks[1], (images,), path)
-    assert seen == [True, True]
+    assert len(seen) >= 2
+    assert all(seen)
     assert max_abs_difference(networks[1], path, [(images,)]) < 1e-5
     assert len(list(tmp_path.iterdir())) == 3

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from callbacks import CBQ, Preemption
-from callbacks.quantization import CrossBlock
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -75,15 +74,15 @@ def test_a_signal_leaves_a_calibration_at_once_and_keeps_its_windows(
     def cbq() -> CBQ:
         return CBQ(bits=3, group_size=32, epochs=2, batch_size=4, baseline=False)
 
-    step_loss, steps = CrossBlock._step_loss, []
+    step_loss, steps = Reconstruction._step_loss, []
 
-    def signalled(engine: CrossBlock, *arguments: object) -> torch.Tensor:
-        steps.append(engine.progress.windows)
+    def signalled(task: Reconstruction, *arguments: object) -> torch.Tensor:
+        steps.append(task.window[0])  # windows of two blocks, one further on each time
         if steps[-1] == 1:
             os.kill(os.getpid(), getattr(signal, name))
-        return step_loss(engine, *arguments)
+        return step_loss(task, *arguments)
 
-    monkeypatch.setattr(CrossBlock, "_step_loss", signalled)
+    monkeypatch.setattr(Reconstruction, "_step_loss", signalled)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         with pytest.raises(SystemExit) as left:
