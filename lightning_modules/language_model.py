@@ -302,11 +302,6 @@ class CausalLanguageModel(Method):
                 "(max_position_embeddings)."
             )
 
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Look at the token ids, where that stalls no device."""
-        check_ids(batch["input_ids"], self.network, self.tokenizer_name)
-        return batch
-
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (batch, length, vocabulary) of token ids (batch, length)."""
         return self.network(input_ids, use_cache=False).logits

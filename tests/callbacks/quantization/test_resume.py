@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from callbacks import CBQ, Preemption
+from callbacks.quantization.reconstruction import Reconstruction
 
 REPOSITORY = Path(__file__).parents[3]
 
