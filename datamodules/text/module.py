@@ -211,7 +211,7 @@ class TextDataModule(DataModule):
             MisconfigurationException: one is beyond the vocabulary; names it, the size and the source.
         """
         module = None if self.trainer is None else self.trainer.lightning_module
-        size = getattr(module, "vocabulary_size", None)
+        size: Any = getattr(module, "vocabulary_size", None)
         outside = ids[(ids < 0) | (ids >= size)] if size is not None else ids[:0]
         if outside.numel():
             name = getattr(module, "tokenizer_name", "unknown")

@@ -111,7 +111,7 @@ class WarmupSchedule(LRScheduler):
         self._timm, _ = create_scheduler_v2(
             self.optimizer,
             num_epochs=horizon,
-            updates_per_epoch=steps_per_epoch,
+            updates_per_epoch=steps_per_epoch,  # type: ignore[arg-type]  # a run may end inside an epoch
             cooldown_epochs=0,
             **self._options,
         )
