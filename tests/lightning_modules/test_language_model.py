@@ -187,7 +187,13 @@ def test_mistakes(trainer):
         trainer().test(tiny(), Segments(seq_len=40), verbose=False)
 
 
-BERT = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+BERT = {
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
