@@ -244,7 +244,7 @@ def newest_loadable(run: Path, dirpath: str | None = None) -> str | None:
     """The newest checkpoint of a run that can be read; None when there is none.
 
     A file that cannot be read is named in a warning and passed over. To be sure, every byte of it is read and
-    compared with the checksums that torch writes (about a second a gigabyte), newest file first, until one is
+    compared with the checksums that torch writes, newest file first, until one is
     whole; sharded checkpoints are folders, and are taken as they are.
 
     Args:
