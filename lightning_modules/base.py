@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_modules.parts.averaging import average_weights_only
 from lightning_modules.parts.contracts import HasRoot, datamodule_of, optional
 from lightning_modules.parts.finite import FiniteGuard, verify_outputs
+from lightning_modules.parts.logging import log_in_place
 from lightning_modules.parts.modes import train_what_is_trained
 from lightning_modules.parts.optimizers import SavedOptimizer, optimizer_fault, saved_optimizers
 from lightning_modules.parts.reproducibility import seed_step
@@ -24,6 +25,7 @@ from lightning_modules.parts.selection import match
 from lightning_modules.parts.weights import state_fault
 
 Terms: TypeAlias = dict[str, Tensor]
+log_in_place()
 
 
 class Method(LightningModule):
