@@ -61,6 +61,15 @@ class TarShards(Dataset[dict[str, Any]]):
         self._spans = np.stack(spans)  # (samples, members, 2): offset and bytes
         self._shards = np.repeat(np.arange(len(self.files)), self.lengths)
 
+    @property
+    def keys(self) -> list[str]:
+        """The samples' names with their folders."""
+        return [key.decode("utf-8", "surrogateescape") for key in self._keys]
+
+    def member_bytes(self, index: int, member: str) -> int:
+        """Size of a sample's member."""
+        return int(self._spans[index, self.members.index(member), 1])
+
     def __len__(self) -> int:
         return len(self._keys)
 
