@@ -27,8 +27,8 @@ class InstancePromptsDataModule(DataModule):
     """COCO's or LVIS's instances, or any in that format, with boxes of a detector: for validation and test.
 
     Batches are dicts: "image", "size", "orig_size", "index", "id", "path" and "picture" as those of
-    `SA1BDataModule`; "truth" bool (n, height, width) of each picture's objects, crowds left out; "boxes" float32
-    (k, 4) of each picture, its corners (x1, y1, x2, y2) in pixels, with "scores" and "categories", places
+    `SA1BDataModule`; "truth" bool (n, height, width) of each picture's objects, crowds left out; "boxes"
+    float32 (k, 4) of each picture, its corners (x1, y1, x2, y2) in pixels, with "scores" and "categories", places
     among the sorted ids; and
     "annotations", the ground truth as COCO's evaluation takes it, crowds included, with "image_id" and, of
     LVIS, "negative" and "not_exhaustive", the categories that the file lists for it.

@@ -1,8 +1,8 @@
 """The losses of TinySAM: full-stage distillation with hard mask weights, and SAM's own on ground truth.
 
-Shapes: N prompts, each with its target mask; K mask outputs a prompt; masks (N, K, h, w) are logits. A `valid`
-mask bool (N, h, w), or None, leaves the padding of the frame out of every mean over pixels. Every function
-computes in float32 at least, whatever the precision of the run. Section numbers are those of the paper.
+Shapes: N prompts, each with its target mask; K mask outputs a prompt; masks (N, K, h, w) are logits. A
+`valid` mask bool (N, h, w), or None, leaves the padding of the frame out of every mean over pixels. Every
+function computes in float32 at least, whatever the precision of the run.
 """
 
 from typing import Literal
@@ -57,9 +57,8 @@ def mask_iou(logits: Tensor, target: Tensor, valid: Tensor | None = None) -> Ten
     masks, expected = logits.detach() > 0, target[:, None]
     if valid is not None:
         masks, expected = masks & valid[:, None], expected & valid[:, None]
-    intersection = (masks & expected).sum(dim=(-2, -1))
-    union = (masks | expected).sum(dim=(-2, -1))
-    return wide(intersection) / wide(union).clamp(min=1)
+    intersection = (masks & expected).sum(dim=(-2, -1)).to(wide(logits).dtype)
+    return intersection / (masks | expected).sum(dim=(-2, -1)).clamp(min=1)
 
 
 def hard_mask_weight(teacher: Tensor, student: Tensor, eps: float = 1e-6) -> Tensor:

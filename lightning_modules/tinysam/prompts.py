@@ -91,8 +91,8 @@ def missed_points(points: Tensor, masks: Tensor, predicted: Tensor) -> Tensor:
 def hard_points(masks: Tensor, rounds: int, decode: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
     """Points on which the student fails, after so many rounds of asking it.
 
-    Points do not accumulate: each round asks for the last one alone (the paper's Eq. 9), so every prompt is one
-    positive point.
+    Points do not accumulate: each round asks for the last one alone (the paper's Eq. 9), so every prompt is
+    one positive point.
 
     Args:
         masks: bool (N, h, w), none of them empty.
