@@ -28,10 +28,10 @@ class InstancePromptsDataModule(DataModule):
 
     Batches are dicts: "image", "size", "orig_size", "index", "id", "path" and "picture" as those of
     `SA1BDataModule`; "truth" bool (n, height, width) of each picture's objects, crowds left out; "boxes"
-    float32 (k, 4) of each picture, its corners (x1, y1, x2, y2) in pixels, with "scores" and "categories", places
-    among the sorted ids; and
-    "annotations", the ground truth as COCO's evaluation takes it, crowds included, with "image_id" and, of
-    LVIS, "negative" and "not_exhaustive", the categories that the file lists for it.
+    float32 (k, 4) of each picture, corners (x1, y1, x2, y2) in pixels, with "scores" and "categories",
+    places among the sorted ids; and "annotations", the ground truth as COCO's evaluation takes it, crowds
+    included, with "image_id" and, of LVIS, "negative" and "not_exhaustive", the categories that the file
+    lists for the picture.
 
     Args:
         image_size: side of the square that the network sees, a multiple of 16.

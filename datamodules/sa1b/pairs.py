@@ -15,6 +15,7 @@ from datamodules.coco import values
 from datamodules.coco.segmentation import decode_segmentation
 from datamodules.coco.values import shown
 from datamodules.reading import CorruptSampleError, DataError, Listing, list_files
+from datamodules.samples.writing import MARKER
 from datamodules.streaming import TarShards
 
 Source = Literal["auto", "folder", "tars"]
@@ -72,6 +73,8 @@ class FolderPairs:
         images: dict[str, str] = {}
         notes: dict[str, str] = {}
         for name in listing.names:
+            if name == MARKER:
+                continue
             stem, suffix = os.path.splitext(name)
             (notes if suffix.lower() == ".json" else images)[stem] = name
         both = sorted(images.keys() & notes.keys())
