@@ -16,6 +16,7 @@ from callbacks.distillation import (
     Teacher,
 )
 from callbacks.distillation.detection import DetectionTeacher
+from callbacks.distillation.sam import SAMTeacher
 from callbacks.measure.cka import CKAAnalysis
 from callbacks.measure.efficiency import EfficiencyReport
 from callbacks.measure.generator_report import GeneratorReport
@@ -79,6 +80,7 @@ __all__ = [
     "RigL",
     "RunCheckpoint",
     "RunLock",
+    "SAMTeacher",
     "ScoreWriter",
     "StageLogger",
     "Teacher",

@@ -234,7 +234,7 @@ class TeacherFrame:
         return torch.cat([image, inside])
 
     def __repr__(self) -> str:
-        return f"longer side {self.frame} by Pillow's bilinear filter, padded"
+        return f"longer side {self.frame}, bilinear by Pillow, padded"
 
 
 def _common(sample: RawSample, frame: int) -> dict[str, Any]:

@@ -56,11 +56,27 @@ def low_resolution(mask: NDArray[np.bool_], frame: int) -> NDArray[np.bool_]:
     by more than half is set. (Nearest neighbours differ between Pillow, OpenCV and torchvision.)
     """
     height, width = frame_size(*mask.shape, frame)
-    grey = Image.fromarray(mask.astype(np.uint8) * 255)
-    cover = np.zeros((frame, frame), np.float32)
-    cover[:height, :width] = np.asarray(grey.resize((width, height), Image.Resampling.BILINEAR))
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     side = frame // STRIDE
-    return cover.reshape(side, STRIDE, side, STRIDE).mean(axis=(1, 3)) > 127.5
+    if not len(rows):
+        return np.zeros((side, side), np.bool_)
+    top, bottom = _reach(rows, mask.shape[0], height)
+    left, right = _reach(columns, mask.shape[1], width)
+    # only where the mask is, as the rest is 0; the box is the part of the picture that these pixels come from
+    vertical, horizontal = mask.shape[0] / height, mask.shape[1] / width
+    box = (left * horizontal, top * vertical, right * horizontal, bottom * vertical)
+    grey = Image.fromarray(mask.view(np.uint8) * np.uint8(255))
+    size = right - left, bottom - top
+    cover = np.zeros((frame, frame), np.uint16)
+    cover[top:bottom, left:right] = np.asarray(grey.resize(size, Image.Resampling.BILINEAR, box))
+    across = cover[:, 0::4] + cover[:, 1::4] + cover[:, 2::4] + cover[:, 3::4]
+    return across[0::4] + across[1::4] + across[2::4] + across[3::4] > 255 * STRIDE**2 // 2
+
+
+def _reach(places: NDArray[np.int64], length: int, size: int) -> tuple[int, int]:
+    """First and last pixel of a side of `size` that a filter over some of `length` reaches, with a margin."""
+    first, last = int(places[0]) * size / length, (int(places[-1]) + 1) * size / length
+    return max(0, int(first) - 3), min(size, int(last) + 4)
 
 
 def collate_frames(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class SA1BDataModule(DataModule):
         self.val_images = val_images
         self.val_masks = val_masks
         self.window = window
-        self.cache = cache
+        self.cache = None if cache is None else Path(cache)
         self.cache_images = cache_images
         self.predict_folder = predict_folder
         self.sample_size = sample_size
@@ -135,7 +135,8 @@ class SA1BDataModule(DataModule):
                 "the reverse, and are left out."
             )
         rows = choose(pairs.keys, self.ids, self.fraction, self.root)
-        validates = np.array([_hash(pairs.keys[row]) < self.val_fraction for row in rows])
+        hashes = np.array([_hash(pairs.keys[row]) for row in rows])
+        validates = hashes < max(self.val_fraction, hashes.min() + 1e-12)  # at least one
         train = Sa1bDataset(pairs, rows[~validates])
         val = Sa1bDataset(pairs, rows[validates][: self.val_images])
         said = f"{len(train)} pictures to train on and {len(val)} to validate on"

@@ -5,28 +5,51 @@ of the frame.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 STRIDE = 4
 
 
 class Prompts(NamedTuple):
-    """A point or a box for each of N masks; one of the two is None."""
+    """A positive point, or a box, for each of N masks."""
 
-    points: Tensor | None = None
+    points: Tensor
     """(N, 1, 2) as x, y."""
-    boxes: Tensor | None = None
+    boxes: Tensor
     """(N, 4) as x1, y1, x2, y2."""
+    boxed: Tensor
+    """bool (N,): the box is the prompt, not the point."""
 
-    @property
-    def labelled(self) -> tuple[Tensor, Tensor] | None:
-        """Points with their labels (N, 1): all positive."""
-        if self.points is None:
-            return None
-        return self.points, torch.ones(self.points.shape[:2], dtype=torch.int64, device=self.points.device)
+
+def encode_prompts(prompt_encoder: nn.Module, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """Sparse (N, 2, 256) and dense (N, 256, h, w) embeddings: a point with its padding, or two corners."""
+    labels = torch.ones(prompts.points.shape[:2], dtype=torch.int64, device=prompts.points.device)
+    sparse, dense = prompt_encoder(points=(prompts.points, labels), boxes=None, masks=None)
+    if bool(prompts.boxed.any()):
+        corners, _ = prompt_encoder(points=None, boxes=prompts.boxes, masks=None)
+        sparse = torch.where(prompts.boxed[:, None, None], corners, sparse)
+    return sparse, dense
+
+
+def decode_prompts(sam: Any, embedding: Tensor, owner: Tensor, prompts: Prompts) -> dict[str, Tensor]:
+    """What a segmenter's decoder says to prompts.
+
+    Args:
+        sam: has `prompt_encoder` and `mask_decoder`.
+        embedding: of the images, (batch, 256, h, w).
+        owner: (N,), the image of each prompt.
+        prompts: N of them.
+
+    Returns:
+        `masks` (N, 3, 4h, 4w) logits, `iou` (N, 3) and `tokens` (N, 5, 256).
+    """
+    sparse, dense = encode_prompts(sam.prompt_encoder, prompts)
+    position = sam.prompt_encoder.get_dense_pe()
+    masks, iou, tokens = sam.mask_decoder(embedding[owner], position, sparse, dense)
+    return {"masks": masks, "iou": iou, "tokens": tokens}
 
 
 def draw_points(masks: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -102,13 +102,6 @@ def test_noise_of_boxes_is_bounded():
     assert boxes.max() <= 256
 
 
-def test_labels():
-    assert prompts.Prompts(boxes=torch.zeros(2, 4)).labelled is None
-    points, labels = prompts.Prompts(points=torch.zeros(2, 1, 2)).labelled
-    assert labels.tolist() == [[1], [1]]
-    assert points.shape == (2, 1, 2)
-
-
 def test_the_best_mask_is_that_of_the_highest_predicted_iou():
     logits = torch.arange(2 * 3.0).reshape(2, 3, 1, 1)
     assert prompts.best_mask(logits, torch.tensor([[0.1, 0.9, 0.2], [3.0, 2.0, 1.0]])).flatten().tolist() == [
