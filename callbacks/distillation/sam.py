@@ -1,7 +1,7 @@
 """SAMTeacher: full-stage distillation of a promptable segmenter (TinySAM, section 2.3 of its paper)."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,7 +13,6 @@ from callbacks.distillation.base import FrozenTeacher, Teacher
 from lightning_modules.base import Method
 from lightning_modules.parts.frozen import weights_digest
 from lightning_modules.parts.normalize import register_normalization
-from lightning_modules.parts.weights import load_weights
 from lightning_modules.tinysam.frame import MEAN, STD, framed, inside
 from lightning_modules.tinysam.losses import (
     Reduction,
@@ -24,8 +23,9 @@ from lightning_modules.tinysam.losses import (
     reduced,
 )
 from lightning_modules.tinysam.module import TinySAMModule
-from lightning_modules.tinysam.network import SAM
+from lightning_modules.tinysam.network import SAM, load_sam, sam_vit
 from lightning_modules.tinysam.prompts import Prompts, decode_prompts
+from lightning_modules.tinysam.training import copy_decoder
 
 
 class SAMTeacher(Teacher):
@@ -39,8 +39,10 @@ class SAMTeacher(Teacher):
     the student's mean IoU with the targets and the mean hard mask weight.
 
     Args:
-        teacher: network.
+        teacher: network, or timm's name of SAM's image encoder, `samvit_huge_patch16` or a smaller one, with
+            SAM's own prompt encoder and mask decoder.
         weights: of the teacher, a file of SAM's names or of ours; None keeps what it has.
+        copy_decoder: a student of random weights starts from the teacher's prompt encoder and mask decoder.
         name: of the objective.
         embedding_weight: the paper's alpha; 0 leaves the term out.
         token_weight: beta.
@@ -54,8 +56,9 @@ class SAMTeacher(Teacher):
 
     def __init__(
         self,
-        teacher: SAM,
+        teacher: str | SAM = "samvit_huge_patch16",
         weights: str | Path | None = None,
+        copy_decoder: bool = True,
         name: str = "sam_teacher",
         embedding_weight: float = 1.0,
         token_weight: float = 1.0,
@@ -74,7 +77,8 @@ class SAMTeacher(Teacher):
         self.hard_mask_weighting = hard_mask_weighting
         self.mask_reduction: Reduction = mask_reduction
         self.eps = eps
-        self._network = teacher
+        self.copy_decoder = copy_decoder
+        self._teacher = teacher
 
     def student(self, module: LightningModule) -> nn.Module:
         """The run's promptable segmenter."""
@@ -86,17 +90,20 @@ class SAMTeacher(Teacher):
 
     def build_teacher(self, module: LightningModule) -> FrozenTeacher:
         """SAM with its weights."""
-        self.student(module)
+        side = cast(SAM, self.student(module)).image_size
+        network = sam_vit(self._teacher, side) if isinstance(self._teacher, str) else self._teacher
         if self.weights is None:
             rank_zero_warn("SAMTeacher: the teacher has random weights, as `weights` is null.")
         else:
-            load_weights(self._network, self.weights, self._network.own_names)
-        return FrozenTeacher(SAMAnswers(self._network), self._network.name, "embeddings or masks")
+            load_sam(network, self.weights)
+        name = self._teacher if isinstance(self._teacher, str) else network.name
+        return FrozenTeacher(SAMAnswers(network), name, "embeddings or masks")
 
     @property
     def source(self) -> tuple[Any, ...]:
         """Network and weights."""
-        return (id(self._network), str(self.weights))
+        named = isinstance(self._teacher, str)
+        return (self._teacher if named else id(self._teacher), str(self.weights))
 
     def build_objective(self, trainer: Trainer, module: Method) -> nn.Module:
         """The three terms."""
@@ -113,6 +120,10 @@ class SAMTeacher(Teacher):
         if stage == "fit":
             assert isinstance(pl_module, TinySAMModule)
             pl_module.encoder = EmbeddingEncoder(self.frozen)
+            if self.copy_decoder and pl_module.weights_origin == "random":
+                answers = cast(SAMAnswers, self.frozen.network)
+                copy_decoder(answers.sam, pl_module.network, self.frozen.name)
+                pl_module.weights_origin = f"random encoder, decoder of {self.frozen.name}"
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take it all back."""
@@ -183,6 +194,7 @@ class EmbeddingEncoder:
     """
 
     def __init__(self, teacher: FrozenTeacher) -> None:
+        self.copy_decoder = copy_decoder
         self._teacher = teacher
         self._key: str | None = None
 

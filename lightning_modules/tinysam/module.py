@@ -12,10 +12,9 @@ from lightning_modules.base import Method, Terms
 from lightning_modules.parts.inference import InferenceSpec
 from lightning_modules.parts.normalize import normalized, register_normalization
 from lightning_modules.parts.reproducibility import derived_seed, run_seed
-from lightning_modules.parts.weights import load_weights
 from lightning_modules.tinysam.frame import MEAN, STD, framed, inside
 from lightning_modules.tinysam.losses import Reduction, iou_loss, mask_loss, reduced
-from lightning_modules.tinysam.network import SAM
+from lightning_modules.tinysam.network import SAM, load_sam
 from lightning_modules.tinysam.prompts import STRIDE, Prompts, decode_prompts, hard_points, noisy_boxes
 from lightning_modules.tinysam.protocols import Protocol, make_measure
 from lightning_modules.tinysam.training import freeze_what_is_not_trained, layer_factors, load_decoder
@@ -101,7 +100,7 @@ class TinySAMModule(Method):
             load_decoder(network, decoder_weights)
             self.weights_origin = f"random encoder with the decoder of: {decoder_weights}"
         if weights is not None:
-            load_weights(network, weights, network.own_names)
+            load_sam(network, weights)
             self.weights_origin = f"file: {weights}"
         freeze_what_is_not_trained(network, train_decoder, bn_mode == "frozen")
         self.lr_multipliers = {**layer_factors(network, layer_lr_decay), **self.lr_multipliers}

@@ -1,13 +1,16 @@
-"""Networks of TinySAM and of its teacher: image encoders, prompt encoder and mask decoder, with SAM's names."""
+"""Networks of TinySAM and of its teacher, with the names of SAM's files."""
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightning_modules.parts.weights import load_state, read_checkpoint, state_dict_of
 
 STRIDE = 16
 """Pixels of the frame for one place of an embedding."""
@@ -345,7 +348,9 @@ class _TwoWayBlock(nn.Module):
         self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(width) for _ in range(4))
         self.first = first
 
-    def forward(self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if self.first:
             queries = self.self_attn(queries, queries, queries)
         else:
@@ -425,7 +430,9 @@ class MaskDecoder(nn.Module):
         tokens = torch.cat([own.expand(count, -1, -1), sparse], dim=1)
         keys = image_embeddings.expand(count, -1, -1, -1) + dense
         height, width = keys.shape[-2:]
-        queries, found = self.transformer(keys.flatten(2).transpose(1, 2), image_pe.flatten(2).transpose(1, 2), tokens)
+        queries, found = self.transformer(
+            keys.flatten(2).transpose(1, 2), image_pe.flatten(2).transpose(1, 2), tokens
+        )
         upscaled = self.output_upscaling(found.transpose(1, 2).unflatten(-1, (height, width)))
         chosen = slice(1, 4) if multimask_output else slice(0, 1)
         weights = [self.output_hypernetworks_mlps[k](queries[:, 1 + k]) for k in range(4)[chosen]]
@@ -457,7 +464,31 @@ class SAM(nn.Module):
         """For messages."""
         return f"SAM with {type(self.image_encoder).__name__}"
 
-    own_names: Any = None
+
+def load_sam(network: SAM, path: str | Path) -> None:
+    """Load a file of SAM's names (`tinysam.pth`, `sam_vit_h_4b8939.pth`) or a checkpoint of ours, strictly.
+
+    Args:
+        network: changed in place.
+        path: see `read_checkpoint`.
+
+    Raises:
+        MisconfigurationException: keys are missing, unexpected or of another shape; the first are listed.
+    """
+    state = state_dict_of(read_checkpoint(path), source=path)
+    unused = ("image_encoder.head.", "image_encoder.norm_head.")
+    state = {key: value for key, value in state.items() if not key.startswith(unused)}
+    if isinstance(network.image_encoder, _Features):
+        state = {_timm_name(key): value for key, value in state.items()}
+    load_state(network, state, path)
+
+
+def _timm_name(key: str) -> str:
+    """SAM's name of a parameter of the image encoder as timm has it."""
+    if not key.startswith("image_encoder.") or key.startswith("image_encoder.network."):
+        return key
+    renamed = key.replace(".mlp.lin1.", ".mlp.fc1.").replace(".mlp.lin2.", ".mlp.fc2.")
+    return renamed.replace("image_encoder.", "image_encoder.network.", 1)
 
 
 def sam_vit(name: str = "samvit_huge_patch16", image_size: int = 1024, **options: Any) -> SAM:

@@ -28,8 +28,8 @@ class Protocol:
     Args:
         kind: `points` clicks on each mask, in the middle of the largest mistake, and measures the mean IoU
             after each click (`miou1`, ...); `boxes` prompts with a detector's boxes and measures mask AP;
-            `everything` generates masks without prompts and measures how many of the true ones are among them (`recall50`,
-            `recall75` and the mean of the largest IoUs, `miou`) and the `seconds` a picture.
+            `everything` generates masks without prompts and measures how many of the true ones are among them
+            (`recall50`, `recall75`, and the mean of the largest IoUs, `miou`) and the `seconds` a picture.
         clicks: most clicks on a mask.
         batch: prompts decoded at a time.
     """

@@ -30,6 +30,21 @@ def load_decoder(network: Any, path: str | Path) -> None:
         load_state(getattr(network, part), own, path)
 
 
+def copy_decoder(source: Any, target: Any, name: str) -> None:
+    """Copy prompt encoder and mask decoder from one segmenter to another.
+
+    Args:
+        source: has both.
+        target: changed in place.
+        name: of the source, for the error.
+
+    Raises:
+        MisconfigurationException: they are of another size; names keys.
+    """
+    for part in _SHARED:
+        load_state(getattr(target, part), getattr(source, part).state_dict(), name)
+
+
 def freeze_what_is_not_trained(network: Any, train_decoder: bool, freeze_norms: bool) -> None:
     """Freeze the prompt encoder, what gets no gradient in multi-mask training, and more if wanted.
 

@@ -79,7 +79,7 @@ def test_every_term_is_there_and_can_be_left_out(trainer, data):
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(data):
     callback = teacher()
-    callback._frozen = FrozenTeacher(SAMAnswers(callback._network), "tiny")
+    callback._frozen = FrozenTeacher(SAMAnswers(callback._teacher), "tiny")
     module = TinySAMModule(teacher_network())
     module.network.eval()
     made = data()
@@ -93,12 +93,12 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(data):
 
 def test_the_teacher_is_in_no_checkpoint_and_gone_afterwards(trainer, data):
     callback = teacher()
-    before = {name: value.clone() for name, value in callback._network.state_dict().items()}
+    before = {name: value.clone() for name, value in callback._teacher.state_dict().items()}
     module, _ = fitted(trainer, data(), callback)
     assert module.state_dict().keys() == student().state_dict().keys()
     assert not module.objectives
     assert module.encoder is None
-    for name, value in callback._network.state_dict().items():
+    for name, value in callback._teacher.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
@@ -198,7 +198,7 @@ def test_the_wrong_student_and_options():
 
 def test_a_resumed_run_has_the_same_teacher():
     callback = teacher(output_weight=2.0)
-    callback._frozen = FrozenTeacher(SAMAnswers(callback._network), "tiny")
+    callback._frozen = FrozenTeacher(SAMAnswers(callback._teacher), "tiny")
     state = callback.state_dict()
     assert (state["output"], state["hard_mask_weighting"]) == (2.0, True)
     with pytest.raises(ValueError, match=r"was trained with output 1\.0, this run has output 2\.0"):
