@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import Subset
 
 from datamodules.base import DataModule, Split
-from datamodules.features import FeatureStore
+from datamodules.features import SHARD_BYTES, FeatureStore
 from datamodules.loading import EpochSampler, ResumableLoader
 from datamodules.sa1b.cache import open_embeddings
 from datamodules.sa1b.dataset import (
@@ -55,6 +55,7 @@ class SA1BDataModule(DataModule):
             null computes them in each step.
         cache_images: how many training pictures have their embedding there, the first ones; null is all. One
             takes 2 MiB at 1024 pixels.
+        cache_shard_bytes: most bytes of a file of the cache, which is what an interruption loses of it.
         predict_folder: pictures to predict on; null is the validation pictures.
         batch_size: pictures of a training batch, on each device.
         eval_batch_size: of a batch elsewhere.
@@ -80,6 +81,7 @@ class SA1BDataModule(DataModule):
         window: int = 4,
         cache: Path | None = None,
         cache_images: int | None = None,
+        cache_shard_bytes: int = SHARD_BYTES,
         predict_folder: Path | None = None,
         batch_size: int = 1,
         eval_batch_size: int | None = 1,
@@ -106,6 +108,7 @@ class SA1BDataModule(DataModule):
         self.window = window
         self.cache = None if cache is None else Path(cache)
         self.cache_images = cache_images
+        self.cache_shard_bytes = cache_shard_bytes
         self.predict_folder = predict_folder
         self.sample_size = sample_size
         self.sample_image_size = sample_image_size
@@ -164,7 +167,10 @@ class SA1BDataModule(DataModule):
             )
         count = len(dataset) if self.cache_images is None else min(self.cache_images, len(dataset))
         side = self.image_size // 16
-        features = self.feature_cache(cache, encoder, shape=(encoder.width, side, side), dtype="float16")
+        shape = (encoder.width, side, side)
+        features = self.feature_cache(
+            cache, encoder, shape=shape, dtype="float16", shard_bytes=self.cache_shard_bytes
+        )
         rank_zero_info(
             f"SA1BDataModule: embeddings of {count} of {len(dataset)} training pictures are kept in {cache}, "
             f"{count * encoder.width * side * side * 2 / 1e9:.3g} GB."

@@ -144,6 +144,32 @@ def test_what_is_damaged_is_made_again(trainer, data, tmp_path, caplog):
         assert torch.equal(ours, theirs)
 
 
+def test_an_interrupted_cache_goes_on(trainer, data, tmp_path, monkeypatch):
+    """A shard of two pictures at a time; the third is never finished."""
+    encode, asked = EmbeddingEncoder.__call__, []
+
+    def dying(self, images):
+        asked.append(len(images))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return encode(self, images)
+
+    options = {"cache": tmp_path, "cache_shard_bytes": 2 * 32 * 4 * 4 * 2, "eval_batch_size": 2}
+    monkeypatch.setattr(EmbeddingEncoder, "__call__", dying)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fitted(trainer, data(**options), teacher(), 1)
+    assert len(list(tmp_path.glob("*/*/*/*.npy"))) == 2
+    fitted(trainer, data(**options), teacher(), 1)
+    rows = sum(asked) - 2
+    assert rows == len(data_rows(data)), "each picture once"
+
+
+def data_rows(data):
+    made = data()
+    made.setup("fit")
+    return made.datasets["train"]
+
+
 def test_a_cache_of_another_teacher_or_transform_is_refused(trainer, data, tmp_path):
     fitted(trainer, data(cache=tmp_path), teacher(), 1)
     with pytest.raises(
