@@ -6,6 +6,7 @@ import sys
 USAGE = """\
 usage: featherlight {fit,validate,test,predict} --config FILE [--config FILE ...] [options]
        featherlight results RUN [RUN ...]
+       featherlight demo --config FILE [--ckpt_path PATH] [--port N] [--max_megabytes N]
 
 Train, test, compress, combine and deploy efficient models from YAML.
 
@@ -15,6 +16,7 @@ commands:
   test        evaluate on the test split; ends with a table and results.json
   predict     run on new data; writes predictions that a person and a program can read
   results     one table of what `test` found in several runs
+  demo        a local page to try a promptable segmenter on pictures of yours
 
 common options:
   --config FILE                     a recipe; later files override earlier ones, and options override files
@@ -54,6 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if arguments[0] == "results":
         return _results(arguments[1:])
+    if arguments[0] == "demo":
+        from featherlight_demo import demo
+
+        return demo(arguments[1:])
     # imports take a while: SLURM's request to go back into the queue waits until `Preemption` can obey it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     from featherlight_cli import run
