@@ -1,7 +1,7 @@
 """How validation and test prompt a segmenter: clicks on every mask, a detector's boxes, or everything."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from lightning_modules.tinysam.evaluation import (
     best_ious,
     ious_by_click,
 )
+from lightning_modules.tinysam.everything import Everything, generate
 from lightning_modules.tinysam.prompts import best_mask
 
 
@@ -32,11 +33,13 @@ class Protocol:
             (`recall50`, `recall75`, and the mean of the largest IoUs, `miou`) and the `seconds` a picture.
         clicks: most clicks on a mask.
         batch: prompts decoded at a time.
+        everything: how masks are generated without prompts.
     """
 
     kind: Literal["points", "boxes", "everything"] = "points"
     clicks: int = 9
     batch: int = 64
+    everything: Everything = field(default_factory=Everything)
 
     def __post_init__(self) -> None:
         if self.clicks < 1 or self.batch < 1:
@@ -81,16 +84,29 @@ class View:
             found.append(self._best(points=None, boxes=given))
         return self._joined(found)
 
+    def ask(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """All three masks of points (n, 2), one a prompt: logits (n, 3, height, width), and IoUs (n, 3)."""
+        given = (points[:, None].to(self._scale) * self._scale, torch.ones(len(points), 1).to(self._scale))
+        masks, iou = self._decode(points=(given[0], given[1].long()), boxes=None)
+        return self._full(masks), iou
+
     def _best(self, **prompts: Any) -> NDArray[np.bool_]:
+        masks, iou = self._decode(**prompts)
+        return (self._full(best_mask(masks, iou)[:, None])[:, 0] > 0).cpu().numpy()
+
+    def _decode(self, **prompts: Any) -> tuple[Tensor, Tensor]:
         sparse, dense = self.network.prompt_encoder(**prompts, masks=None)
         position = self.network.prompt_encoder.get_dense_pe()
         embedding = self.embedding.expand(len(sparse), -1, -1, -1)
         masks, iou, _ = self.network.mask_decoder(embedding, position, sparse, dense)
+        return masks, iou
+
+    def _full(self, masks: Tensor) -> Tensor:
+        """Low-resolution logits (n, K, h, w) in the picture's own, (n, K, height, width)."""
         side = self.embedding.shape[-1] * 16
-        frame = F.interpolate(best_mask(masks, iou)[:, None].float(), (side, side), mode="bilinear")
+        frame = F.interpolate(masks.float(), (side, side), mode="bilinear")
         picture = frame[..., : self.size[0], : self.size[1]]
-        full = F.interpolate(picture, self.orig_size, mode="bilinear")[:, 0]
-        return (full > 0).cpu().numpy()
+        return F.interpolate(picture, self.orig_size, mode="bilinear")
 
     def _joined(self, masks: list[NDArray[np.bool_]]) -> NDArray[np.bool_]:
         return np.concatenate(masks) if masks else np.zeros((0, *self.orig_size), np.bool_)
@@ -175,7 +191,8 @@ class EverythingMeasure(Measure):
     def picture(self, view: View, sample: dict[str, Any]) -> None:
         """Generate, and compare."""
         start = time.perf_counter()
-        generated = self._generate(view, sample["picture"])
+        found = generate(view.ask, *view.orig_size, self.options.everything, self.options.batch)
+        generated = [encode(mask) for mask in found.masks]
         seconds = time.perf_counter() - start
         truth = [encode(mask) for mask in _of(sample, "truth").numpy()]
         best = best_ious(truth, generated)
@@ -183,9 +200,6 @@ class EverythingMeasure(Measure):
         columns = {name: column.astype(np.float64) for name, column in values.items()}
         counts = {"masks": np.array([float(len(generated))]), "seconds": np.array([seconds])}
         self._means.update(int(sample["index"]), {**columns, **counts})
-
-    def _generate(self, view: View, picture: Any) -> list[dict[str, Any]]:
-        raise NotImplementedError
 
 
 MEASURES = {"points": ClickMeasure, "boxes": BoxMeasure, "everything": EverythingMeasure}
