@@ -325,7 +325,9 @@ class _DecoderAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         projected = [self.q_proj(q), self.k_proj(k), self.v_proj(v)]
+        count = max(len(part) for part in projected)  # what all prompts share is projected once
         parts = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in projected]
+        parts = [part.expand(count, -1, -1, -1) for part in parts]
         return self.out_proj(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
 
 
@@ -422,22 +424,36 @@ class MaskDecoder(nn.Module):
             image_embeddings: (n, width, h, w), or of one image for all prompts.
             image_pe: (1, width, h, w).
             sparse: (n, tokens, width).
-            dense: (n, width, h, w).
+            dense: (n, width, h, w), or one for all prompts, which then share what is computed from it.
             multimask_output: False gives the one mask of SAM's single-mask output instead of three.
         """
-        count = len(sparse)
+        queries, keys = self.attend(image_embeddings, image_pe, sparse, dense)
+        masks = self.masks(queries, keys, multimask_output)
+        return masks, self.iou(queries, multimask_output), queries[:, :5]
+
+    def attend(
+        self, image_embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The transformer's queries (n, 5 + tokens, width) and keys as a map (n, width, h, w)."""
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([own.expand(count, -1, -1), sparse], dim=1)
-        keys = image_embeddings.expand(count, -1, -1, -1) + dense
-        height, width = keys.shape[-2:]
+        tokens = torch.cat([own.expand(len(sparse), -1, -1), sparse], dim=1)
+        keys = image_embeddings + dense
+        grid = keys.shape[-2:]
         queries, found = self.transformer(
             keys.flatten(2).transpose(1, 2), image_pe.flatten(2).transpose(1, 2), tokens
         )
-        upscaled = self.output_upscaling(found.transpose(1, 2).unflatten(-1, (height, width)))
-        chosen = slice(1, 4) if multimask_output else slice(0, 1)
-        weights = [self.output_hypernetworks_mlps[k](queries[:, 1 + k]) for k in range(4)[chosen]]
-        masks = torch.einsum("nkc,nchw->nkhw", torch.stack(weights, dim=1), upscaled)
-        return masks, self.iou_prediction_head(queries[:, 0])[:, chosen], queries[:, :5]
+        return queries, found.transpose(1, 2).unflatten(-1, grid)
+
+    def masks(self, queries: Tensor, keys: Tensor, multimask_output: bool = True) -> Tensor:
+        """Logits (n, 3, 4h, 4w) of what `attend` gave; one mask of the single-mask output."""
+        upscaled = self.output_upscaling(keys)
+        chosen = range(1, 4) if multimask_output else range(1)
+        weights = [self.output_hypernetworks_mlps[k](queries[:, 1 + k]) for k in chosen]
+        return torch.einsum("nkc,nchw->nkhw", torch.stack(weights, dim=1), upscaled)
+
+    def iou(self, queries: Tensor, multimask_output: bool = True) -> Tensor:
+        """Predicted IoUs (n, 3), before any mask is made."""
+        return self.iou_prediction_head(queries[:, 0])[:, slice(1, 4) if multimask_output else slice(0, 1)]
 
 
 class SAM(nn.Module):
