@@ -1,6 +1,7 @@
 """Samples of SA-1B: a framed picture and some of its masks, decoded when asked for."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.features import FeatureStore
-from datamodules.reading import CorruptSampleError, as_stored, list_images, read_image
+from datamodules.reading import CorruptSampleError, DataError, as_stored, list_images, read_image
 from datamodules.sa1b.frame import STRIDE, framed, low_resolution
 from datamodules.sa1b.pairs import FolderPairs, Notes, RawPair, TarPairs, parse_notes
 
@@ -205,16 +206,26 @@ class PredictionFrame:
 
     Args:
         frame: side of the square that the network sees, pixels.
+        prompts: by the picture's name; None: everything is asked for.
     """
 
-    def __init__(self, frame: int) -> None:
+    def __init__(self, frame: int, prompts: Mapping[str, list[dict[str, Any]]] | None = None) -> None:
         self.frame = frame
+        self.prompts = prompts
 
     def __call__(self, sample: Any) -> dict[str, Any]:
-        """`image`, `size`, `orig_size`, `picture`, `index`, `id` and `path`."""
+        """`image`, `size`, `orig_size`, `picture`, `index`, `id`, `path`, and `prompts` if there are any."""
         if isinstance(sample, RawSample):
-            return {**_common(sample, self.frame), "picture": sample.picture}
-        return {**sample, **_seen(sample["picture"], self.frame, sample["path"])}
+            sample = {**_common(sample, self.frame), "picture": sample.picture}
+        else:
+            sample = {**sample, **_seen(sample["picture"], self.frame, sample["path"])}
+        if self.prompts is None:
+            return sample
+        given = self.prompts.get(sample["id"])
+        if given is None:
+            known = ", ".join(list(self.prompts)[:3]) or "nothing"
+            raise DataError(f"prompts: there is none for the picture {sample['id']} (there are for {known}).")
+        return {**sample, "prompts": given}
 
 
 class TeacherFrame:

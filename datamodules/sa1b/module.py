@@ -24,6 +24,7 @@ from datamodules.sa1b.dataset import (
 )
 from datamodules.sa1b.frame import collate_frames
 from datamodules.sa1b.pairs import Source, choose, open_pairs
+from datamodules.sa1b.prompts import read_prompts
 from datamodules.samples.sa1b import write_sa1b
 from datamodules.streaming import ShardSampler
 
@@ -57,6 +58,7 @@ class SA1BDataModule(DataModule):
             takes 2 MiB at 1024 pixels.
         cache_shard_bytes: most bytes of a file of the cache, which is what an interruption loses of it.
         predict_folder: pictures to predict on; null is the validation pictures.
+        prompts: JSON of the prompts to predict with, see `read_prompts`; null predicts everything.
         batch_size: pictures of a training batch, on each device.
         eval_batch_size: of a batch elsewhere.
         sample_size: number of pictures that ``sample: true`` writes.
@@ -83,6 +85,7 @@ class SA1BDataModule(DataModule):
         cache_images: int | None = None,
         cache_shard_bytes: int = SHARD_BYTES,
         predict_folder: Path | None = None,
+        prompts: Path | None = None,
         batch_size: int = 1,
         eval_batch_size: int | None = 1,
         sample_size: int = 64,
@@ -110,6 +113,7 @@ class SA1BDataModule(DataModule):
         self.cache_images = cache_images
         self.cache_shard_bytes = cache_shard_bytes
         self.predict_folder = predict_folder
+        self.prompts = prompts
         self.sample_size = sample_size
         self.sample_image_size = sample_image_size
         self.sample_tars = sample_tars
@@ -202,7 +206,8 @@ class SA1BDataModule(DataModule):
         if split == "train":
             return TrainingFrame(self.image_size, self.masks_per_image)
         if split == "predict":
-            return PredictionFrame(self.image_size)
+            prompts = None if self.prompts is None else read_prompts(Path(self.prompts))
+            return PredictionFrame(self.image_size, prompts)
         return EvaluationFrame(self.image_size, self.val_masks)
 
     def collation(self) -> Callable[[list[Any]], Any]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +17,7 @@ from lightning_modules.tinysam.frame import MEAN, STD, framed, inside
 from lightning_modules.tinysam.losses import Reduction, iou_loss, mask_loss, reduced
 from lightning_modules.tinysam.network import SAM, load_sam
 from lightning_modules.tinysam.prompts import STRIDE, Prompts, decode_prompts, hard_points, noisy_boxes
-from lightning_modules.tinysam.protocols import Protocol, make_measure
+from lightning_modules.tinysam.protocols import Protocol, make_measure, predicted
 from lightning_modules.tinysam.training import freeze_what_is_not_trained, layer_factors, load_decoder
 
 
@@ -105,6 +106,7 @@ class TinySAMModule(Method):
         freeze_what_is_not_trained(network, train_decoder, bn_mode == "frozen")
         self.lr_multipliers = {**layer_factors(network, layer_lr_decay), **self.lr_multipliers}
         register_normalization(self, MEAN, STD)
+        self.protocol = protocol
         self._measured = make_measure(protocol)
 
     # Inference
@@ -218,6 +220,19 @@ class TinySAMModule(Method):
     def _measure(self, batch: dict[str, Any]) -> Terms:
         embedding = self(batch["image"], batch["size"])
         return self._measured.update(self.network, embedding, batch)
+
+    @torch.no_grad()
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """`records` of each picture, masks of its `prompts` or, without any, of everything; `index`, `path`.
+
+        A record has `segmentation` (compressed run lengths), `bbox`, `area`, `predicted_iou` and the prompt.
+        """
+        prompts = batch.get("prompts", [None] * len(batch["picture"]))
+        records = [
+            predicted(self.network, np.asarray(picture), given, self.protocol.everything, path)
+            for picture, given, path in zip(batch["picture"], prompts, batch["path"], strict=True)
+        ]
+        return {"records": records, "index": batch["index"], "path": batch["path"]}
 
     def on_validation_epoch_end(self) -> None:
         """Log what the protocol measures as `val/<name>`."""

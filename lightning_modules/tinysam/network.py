@@ -480,6 +480,10 @@ class SAM(nn.Module):
         """For messages."""
         return f"SAM with {type(self.image_encoder).__name__}"
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings of normalised images: what reports measure and exports take; prompts come later."""
+        return self.image_encoder(images)
+
 
 def load_sam(network: SAM, path: str | Path) -> None:
     """Load a file of SAM's names (`tinysam.pth`, `sam_vit_h_4b8939.pth`) or a checkpoint of ours, strictly.

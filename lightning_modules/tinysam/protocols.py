@@ -1,12 +1,11 @@
 """How validation and test prompt a segmenter: clicks on every mask, a detector's boxes, or everything."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from torch import Tensor
@@ -18,6 +17,8 @@ from lightning_modules.tinysam.evaluation import (
     best_ious,
     ious_by_click,
 )
+from lightning_modules.tinysam.everything import Everything, MaskGenerator
+from lightning_modules.tinysam.predictor import Predictor, full_size
 from lightning_modules.tinysam.prompts import best_mask
 
 
@@ -32,11 +33,13 @@ class Protocol:
             (`recall50`, `recall75`, and the mean of the largest IoUs, `miou`) and the `seconds` a picture.
         clicks: most clicks on a mask.
         batch: prompts decoded at a time.
+        everything: how masks are generated without prompts.
     """
 
     kind: Literal["points", "boxes", "everything"] = "points"
     clicks: int = 9
     batch: int = 64
+    everything: Everything = field(default_factory=Everything)
 
     def __post_init__(self) -> None:
         if self.clicks < 1 or self.batch < 1:
@@ -84,13 +87,10 @@ class View:
     def _best(self, **prompts: Any) -> NDArray[np.bool_]:
         sparse, dense = self.network.prompt_encoder(**prompts, masks=None)
         position = self.network.prompt_encoder.get_dense_pe()
-        embedding = self.embedding.expand(len(sparse), -1, -1, -1)
-        masks, iou, _ = self.network.mask_decoder(embedding, position, sparse, dense)
-        side = self.embedding.shape[-1] * 16
-        frame = F.interpolate(best_mask(masks, iou)[:, None].float(), (side, side), mode="bilinear")
-        picture = frame[..., : self.size[0], : self.size[1]]
-        full = F.interpolate(picture, self.orig_size, mode="bilinear")[:, 0]
-        return (full > 0).cpu().numpy()
+        masks, iou, _ = self.network.mask_decoder(self.embedding, position, sparse, dense)
+        best = best_mask(masks, iou)[:, None].float()
+        full = full_size(best, self.network.image_size, self.size, self.orig_size)
+        return (full[:, 0] > 0).cpu().numpy()
 
     def _joined(self, masks: list[NDArray[np.bool_]]) -> NDArray[np.bool_]:
         return np.concatenate(masks) if masks else np.zeros((0, *self.orig_size), np.bool_)
@@ -175,7 +175,9 @@ class EverythingMeasure(Measure):
     def picture(self, view: View, sample: dict[str, Any]) -> None:
         """Generate, and compare."""
         start = time.perf_counter()
-        generated = self._generate(view, sample["picture"])
+        options = replace(self.options.everything, output="coco_rle")
+        records = MaskGenerator(view.network, options).generate(np.asarray(sample["picture"]))
+        generated = [record["segmentation"] for record in records]
         seconds = time.perf_counter() - start
         truth = [encode(mask) for mask in _of(sample, "truth").numpy()]
         best = best_ious(truth, generated)
@@ -183,9 +185,6 @@ class EverythingMeasure(Measure):
         columns = {name: column.astype(np.float64) for name, column in values.items()}
         counts = {"masks": np.array([float(len(generated))]), "seconds": np.array([seconds])}
         self._means.update(int(sample["index"]), {**columns, **counts})
-
-    def _generate(self, view: View, picture: Any) -> list[dict[str, Any]]:
-        raise NotImplementedError
 
 
 MEASURES = {"points": ClickMeasure, "boxes": BoxMeasure, "everything": EverythingMeasure}
@@ -200,7 +199,8 @@ def encode(mask: NDArray[np.bool_]) -> dict[str, Any]:
     """A mask (height, width) as compressed run lengths."""
     from pycocotools import mask as coco_mask
 
-    return coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    runs = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": [int(side) for side in runs["size"]], "counts": runs["counts"].decode()}
 
 
 def _of(sample: dict[str, Any], name: str) -> Any:
@@ -211,3 +211,43 @@ def _of(sample: dict[str, Any], name: str) -> Any:
         )
     value = sample[name]
     return value.cpu() if isinstance(value, Tensor) else value
+
+
+def predicted(
+    network: Any,
+    image: NDArray[np.uint8],
+    prompts: list[dict[str, Any]] | None,
+    options: Everything,
+    path: str = "",
+) -> list[dict[str, Any]]:
+    """Records of a picture's masks, fit for JSON.
+
+    Args:
+        network: of the segmenter.
+        image: RGB (height, width, 3).
+        prompts: `points` and `labels`, or `box`, of each mask; None generates everything.
+        options: how, then.
+        path: of the picture, for the error.
+
+    Raises:
+        ValueError: a prompt lies outside of the picture, or is none.
+    """
+    if prompts is None:
+        return MaskGenerator(network, replace(options, output="coco_rle")).generate(image)
+    predictor = Predictor(network)
+    predictor.set_image(image)
+    records = []
+    for place, prompt in enumerate(prompts):
+        try:
+            found = predictor.predict(**prompt)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"prompt [{place}] of {path}: {error}") from error
+        mask = found.best
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        box = [0, 0, 0, 0]
+        if len(rows):
+            left, top = int(columns[0]), int(rows[0])
+            box = [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]
+        known = {"segmentation": encode(mask), "bbox": box, "area": int(mask.sum())}
+        records.append({**known, "predicted_iou": float(found.iou.max()), **prompt})
+    return records
