@@ -371,6 +371,7 @@ def serve(demo: Demo, port: int = 8000) -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("127.0.0.1", port))
+            listener.listen()
         except OSError as error:
             raise OSError(
                 f"demo: port {port} of 127.0.0.1 cannot be had ({error.strerror}); choose --port."
