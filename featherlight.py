@@ -11,6 +11,7 @@ usage: featherlight {fit,validate,test,predict} --config FILE [--config FILE ...
        featherlight list [recipes|plugins|models|data]
        featherlight copy NAME [FILE]
        featherlight doctor | completion
+       featherlight demo --config FILE [--ckpt_path PATH] [--port N] [--max_megabytes N]
 
 Train, test, compress, combine and deploy efficient models from YAML.
 
@@ -24,6 +25,7 @@ commands:
   copy        put a recipe or plug-in into this folder, to be changed
   doctor      versions, devices, what is missing for which extra
   completion  a script that completes names in bash
+  demo        a local page to try a promptable segmenter on pictures of yours
 
 common options:
   --config FILE|NAME                a recipe, by its file or, from any folder, its name (imagenet/resnet50);
@@ -67,6 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
         except BrokenPipeError:  # `featherlight list | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+    if arguments[0] == "demo":
+        from featherlight_demo import demo
+
+        return demo(arguments[1:])
     # imports take a while: SLURM's request to go back into the queue waits until `Preemption` can obey it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     from featherlight_cli import run

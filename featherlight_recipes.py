@@ -285,7 +285,7 @@ COMPLETION = """\
 _featherlight() {
   local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} plugin="--trainer.callbacks+" words
   if [ "$COMP_CWORD" = 1 ]; then
-    words="fit validate test predict results list copy doctor completion"
+    words="fit validate test predict results demo list copy doctor completion"
   elif [ "$before" = --config ]; then
     words="$(featherlight list recipes --names)"
   elif [[ "$before" = "$plugin" || "${COMP_WORDS[COMP_CWORD-2]}$before" = "$plugin=" ]]; then

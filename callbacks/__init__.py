@@ -16,6 +16,7 @@ from callbacks.distillation import (
     Teacher,
 )
 from callbacks.distillation.detection import DetectionTeacher
+from callbacks.distillation.sam import SAMTeacher
 from callbacks.measure.cka import CKAAnalysis
 from callbacks.measure.efficiency import EfficiencyReport
 from callbacks.measure.generator_report import GeneratorReport
@@ -34,6 +35,7 @@ from callbacks.token_reduction import EViT, TokenPruningPooling, TokenReduction,
 from callbacks.writers.base import PredictionWriter
 from callbacks.writers.classification import ClassificationWriter
 from callbacks.writers.detection import DetectionWriter
+from callbacks.writers.masks import MaskWriter
 from callbacks.writers.scores import ScoreWriter
 from callbacks.writers.text import TextWriter
 from lightning_modules.parts.frozen import FrozenNetwork
@@ -68,6 +70,7 @@ __all__ = [
     "LMEvaluation",
     "LogLines",
     "MagnitudePruning",
+    "MaskWriter",
     "ONNXExport",
     "ObjectiveCallback",
     "PredictionWriter",
@@ -79,6 +82,7 @@ __all__ = [
     "RigL",
     "RunCheckpoint",
     "RunLock",
+    "SAMTeacher",
     "ScoreWriter",
     "StageLogger",
     "Teacher",

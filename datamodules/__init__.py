@@ -10,6 +10,7 @@ from datamodules.imagenet import ImageFolderDataModule, ImageNetDataModule
 from datamodules.images import ImagesDataModule
 from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, hash_seed
 from datamodules.reading import CorruptSampleError, read_image
+from datamodules.sa1b import InstancePromptsDataModule, SA1BDataModule
 from datamodules.sampling import IdentitySampler
 from datamodules.text.module import TextDataModule
 from datamodules.transforms import PINNED, ImageTransforms
@@ -32,7 +33,9 @@ __all__ = [
     "ImageNetDataModule",
     "ImageTransforms",
     "ImagesDataModule",
+    "InstancePromptsDataModule",
     "ResumableLoader",
+    "SA1BDataModule",
     "SeededDataset",
     "TextDataModule",
     "TransformImage",

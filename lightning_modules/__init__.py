@@ -15,6 +15,7 @@ from lightning_modules.gendet import (
 from lightning_modules.language_model import CausalLanguageModel
 from lightning_modules.parts import students  # noqa: F401  (registers swin_nano and swin_pico with timm)
 from lightning_modules.parts.schedules import WarmupSchedule
+from lightning_modules.tinysam import TinySAMModule
 
 __all__ = [
     "CNNDetector",
@@ -31,6 +32,7 @@ __all__ = [
     "Method",
     "NearestNeighbors",
     "StageSchedule",
+    "TinySAMModule",
     "VarifocalCriterion",
     "WarmupSchedule",
 ]

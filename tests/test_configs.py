@@ -87,4 +87,4 @@ def assert_holds(config, options):
             assert_holds(config[key], value)
         elif not isinstance(value, list):
             found = config[key]
-            assert found == value or getattr(found, "name", str(found)) == str(value)  # enums and paths
+            assert found == value or str(value) in (getattr(found, "name", None), str(found))  # enums, paths
