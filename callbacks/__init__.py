@@ -35,6 +35,7 @@ from callbacks.token_reduction import EViT, TokenPruningPooling, TokenReduction,
 from callbacks.writers.base import PredictionWriter
 from callbacks.writers.classification import ClassificationWriter
 from callbacks.writers.detection import DetectionWriter
+from callbacks.writers.masks import MaskWriter
 from callbacks.writers.scores import ScoreWriter
 from callbacks.writers.text import TextWriter
 from lightning_modules.parts.frozen import FrozenNetwork
@@ -69,6 +70,7 @@ __all__ = [
     "LMEvaluation",
     "LogLines",
     "MagnitudePruning",
+    "MaskWriter",
     "ONNXExport",
     "ObjectiveCallback",
     "PredictionWriter",

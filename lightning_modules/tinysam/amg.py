@@ -19,7 +19,9 @@ def point_grid(side: int) -> NDArray[np.float64]:
     return np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
 
 
-def crop_boxes(height: int, width: int, layers: int, overlap_ratio: float) -> tuple[list[list[int]], list[int]]:
+def crop_boxes(
+    height: int, width: int, layers: int, overlap_ratio: float
+) -> tuple[list[list[int]], list[int]]:
     """Boxes x0, y0, x1, y1 of the picture and of its overlapping crops, and the layer that each is of.
 
     Layer l has (2^(l+1))^2 crops for l = 0, 1, ...; the whole picture is said to be of layer 0, they of layer

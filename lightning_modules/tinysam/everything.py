@@ -189,7 +189,9 @@ class MaskGenerator:
 
     def _full_grid(self, image: NDArray[np.uint8]) -> Candidates:
         options = self.options
-        crops, layers = crop_boxes(image.shape[0], image.shape[1], options.crop_n_layers, options.crop_overlap_ratio)
+        crops, layers = crop_boxes(
+            image.shape[0], image.shape[1], options.crop_n_layers, options.crop_overlap_ratio
+        )
         sides = [options.points_per_side // options.crop_n_points_downscale_factor**layer for layer in layers]
         planned = sum(max(side, 1) ** 2 for side in sides)
         found = Candidates()
@@ -357,9 +359,7 @@ def fine_points(
 
 def _around(x: float, y: float, dx: int, dy: int, width: int, height: int) -> list[tuple[float, float]]:
     """Neighbours of a coarse point; the far row and column only where they are inside of the picture."""
-    points = [
-        (x + i * dx, y + j * dy) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)
-    ]
+    points = [(x + i * dx, y + j * dy) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
     right, below = x + 2 * dx < width, y + 2 * dy < height
     if right:
         points += [(x + 2 * dx, y + j * dy) for j in (-1, 0, 1)]
@@ -379,4 +379,3 @@ def _encoded(mask: NDArray[np.bool_], form: str) -> Any:
 
     encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode()}
-

@@ -78,9 +78,7 @@ def full_size(logits: Tensor, side: int, size: tuple[int, int], original: tuple[
         original: height and width on disk.
     """
     frame = F.interpolate(logits, (side, side), mode="bilinear", align_corners=False)
-    return F.interpolate(
-        frame[..., : size[0], : size[1]], original, mode="bilinear", align_corners=False
-    )
+    return F.interpolate(frame[..., : size[0], : size[1]], original, mode="bilinear", align_corners=False)
 
 
 class Predictor:
@@ -147,9 +145,7 @@ class Predictor:
         """
         if self.original is None:
             raise RuntimeError("Predictor: `set_image` comes before `predict`.")
-        encoded = self.network.prompt_encoder(
-            self._points(points, labels), self._box(box), self._mask(mask)
-        )
+        encoded = self.network.prompt_encoder(self._points(points, labels), self._box(box), self._mask(mask))
         logits, iou, _ = self.network.mask_decoder(
             self.embedding, self.image_pe, *encoded, multimask_output=multimask_output
         )
@@ -207,4 +203,6 @@ class Predictor:
         outside = (~places.isfinite() | (places < 0) | (places > limits)).any(dim=-1)
         if outside.any():
             x, y = places[outside][0].tolist()
-            raise ValueError(f"{what} at ({x:g}, {y:g}) is outside of the picture of {width} x {height} pixels.")
+            raise ValueError(
+                f"{what} at ({x:g}, {y:g}) is outside of the picture of {width} x {height} pixels."
+            )
