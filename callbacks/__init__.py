@@ -16,6 +16,7 @@ from callbacks.distillation import (
     Teacher,
 )
 from callbacks.distillation.detection import DetectionTeacher
+from callbacks.distillation.text import DataFreeTeacher, TextTeacher
 from callbacks.measure.cka import CKAAnalysis
 from callbacks.measure.efficiency import EfficiencyReport
 from callbacks.measure.generator_report import GeneratorReport
@@ -34,7 +35,9 @@ from callbacks.token_reduction import EViT, TokenPruningPooling, TokenReduction,
 from callbacks.writers.base import PredictionWriter
 from callbacks.writers.classification import ClassificationWriter
 from callbacks.writers.detection import DetectionWriter
+from callbacks.writers.generated import GeneratedTextWriter
 from callbacks.writers.scores import ScoreWriter
+from callbacks.writers.submission import SubmissionWriter
 from callbacks.writers.text import TextWriter
 from lightning_modules.parts.frozen import FrozenNetwork
 from lightning_modules.parts.taps import FeatureTaps
@@ -55,6 +58,7 @@ __all__ = [
     "CKAAnalysis",
     "ClassificationWriter",
     "Criterion",
+    "DataFreeTeacher",
     "DetectionTeacher",
     "DetectionWriter",
     "DistillationTeacher",
@@ -64,6 +68,7 @@ __all__ = [
     "FeatureTaps",
     "FitNet",
     "FrozenNetwork",
+    "GeneratedTextWriter",
     "GeneratorReport",
     "LMEvaluation",
     "LogLines",
@@ -81,7 +86,9 @@ __all__ = [
     "RunLock",
     "ScoreWriter",
     "StageLogger",
+    "SubmissionWriter",
     "Teacher",
+    "TextTeacher",
     "TextWriter",
     "ToMe",
     "TokenPruningPooling",

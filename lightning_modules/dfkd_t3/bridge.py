@@ -98,7 +98,7 @@ class _StraightThrough(torch.autograd.Function):
 def embed_tokens(
     probabilities: Tensor, ids: Tensor, weight: Tensor, estimator: Estimator = "straight_through"
 ) -> Tensor:
-    """v E (..., d): what a network with the embedding E sees of written tokens v.
+    """Give v E (..., d): what a network with the embedding E sees of written tokens v.
 
     With `straight_through` v = h + pi - stopgrad(pi) is one-hot in value, so the forward pass looks rows up
     and neither v nor the product is ever made; the gradient with respect to pi is that of the product. The
@@ -117,7 +117,7 @@ def embed_tokens(
 
 
 def end_mask(ids: Tensor, end: int | None) -> Tensor:
-    """bool (B, L): True up to and including the first end token of ids (B, L); everywhere without one."""
+    """Bool (B, L): True up to and including the first end token of ids (B, L); everywhere without one."""
     if end is None:
         return torch.ones_like(ids, dtype=torch.bool)
     ended = (ids == end).long()
@@ -158,7 +158,12 @@ class SoftTokenBridge:
     """
 
     def __init__(
-        self, weight: Tensor, prefix: Tensor, pad: int, scale: float = 1.0, estimator: Estimator = "straight_through"
+        self,
+        weight: Tensor,
+        prefix: Tensor,
+        pad: int,
+        scale: float = 1.0,
+        estimator: Estimator = "straight_through",
     ) -> None:
         self.weight = weight.detach()
         self.prefix = prefix

@@ -101,7 +101,11 @@ class TextGenerator:
         self.writable = size - len(banned)
 
     def write(
-        self, source: WrittenText, tau: float, labels: Tensor | None = None, prompts: list[list[int]] | None = None
+        self,
+        source: WrittenText,
+        tau: float,
+        labels: Tensor | None = None,
+        prompts: list[list[int]] | None = None,
     ) -> WrittenText:
         """Text with a gradient.
 
@@ -156,16 +160,33 @@ class TextGenerator:
             self._feed(None, ids)
         return self._written(source, torch.stack(drawn, dim=1), None, None, labels)
 
-    def reference_logits(self, network: nn.Module, source: WrittenText, text: WrittenText) -> Tensor:
+    def copy_logits(self, source: WrittenText) -> Tensor:
+        """Logits (B, L, V) in one pass over the source itself, teacher-forced."""
+        return self._parallel(source, None, None)
+
+    def reference_logits(
+        self,
+        network: nn.Module,
+        source: WrittenText,
+        text: WrittenText,
+        labels: Tensor | None = None,
+        prompts: list[list[int]] | None = None,
+    ) -> Tensor:
         """Logits (B, L, V) that another network of the same kind has for what was written, in one pass."""
-        ids, mask = self._encoder_input(source, None, None)
+        ids, mask = self._encoder_input(source, labels, prompts)
         shifted = self._shifted(text.ids)
-        return network(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, use_cache=False).logits
+        output = network(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted, use_cache=False)
+        return self._allowed(output.logits)
 
     # Pieces
 
     def _written(
-        self, source: WrittenText, ids: Tensor, pi: Tensor | None, logits: Tensor | None, labels: Tensor | None
+        self,
+        source: WrittenText,
+        ids: Tensor,
+        pi: Tensor | None,
+        logits: Tensor | None,
+        labels: Tensor | None,
     ) -> WrittenText:
         mask = end_mask(ids, self.special.end)
         if self.relaxation.decoding == "parallel":

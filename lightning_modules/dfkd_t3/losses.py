@@ -48,14 +48,8 @@ def mean_class_entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(dim=-1).mean()
 
 
-def mean_tokens(probabilities: Tensor, mask: Tensor) -> Tensor:
-    """mu (V,): mean of pi (B, L, V) over the valid positions of mask (B, L); no (B, L, V) is made for it."""
-    weights = mask.flatten().to(probabilities.dtype)
-    return weights @ probabilities.flatten(0, 1) / weights.sum()
-
-
 def bags(probabilities: Tensor, mask: Tensor) -> Tensor:
-    """beta (B, V): mean of pi (B, L, V) over the valid positions of each text."""
+    """Bags beta (B, V): mean of pi (B, L, V) over the valid positions of each text."""
     weights = mask.to(probabilities.dtype)
     weights = weights / weights.sum(dim=1, keepdim=True)
     return torch.bmm(weights.unsqueeze(1), probabilities).squeeze(1)

@@ -110,7 +110,8 @@ class GeneratorObjective:
                 source itself.
             types: (C, K), which entity type each class is of; None where classes count themselves.
         """
-        assert text.probabilities is not None and text.logits is not None
+        assert text.probabilities is not None
+        assert text.logits is not None
         terms: dict[str, Tensor] = {}
         if weights.specificity:
             asked = self.spec == "label" and text.labels is not None
@@ -136,7 +137,7 @@ class GeneratorObjective:
         return {name: getattr(weights, name) * value for name, value in terms.items()}
 
     def mean_classes(self, teacher: Tensor, types: Tensor | None = None) -> Tensor:
-        """pbar (C,), or (K,) of entity types among the tokens that are of one, over all ranks."""
+        """The mean pbar (C,), or (K,) of entity types among the tokens that are of one, over all ranks."""
         p = full(teacher).softmax(dim=-1)
         if types is not None:
             sums = (p @ types.to(p.dtype)).sum(dim=0)
@@ -145,7 +146,7 @@ class GeneratorObjective:
         return self._over_ranks(torch.cat([p.sum(dim=0), p.new_tensor([len(p)])]), counted=True)
 
     def mean_tokens(self, probabilities: Tensor, mask: Tensor) -> Tensor:
-        """mu (V,) over the valid positions of all ranks."""
+        """The mean mu (V,) of pi over the valid positions of all ranks."""
         valid = mask.flatten().to(probabilities.dtype)
         sums = valid @ probabilities.flatten(0, 1)
         return self._over_ranks(torch.cat([sums, valid.sum().unsqueeze(0)]), counted=True)

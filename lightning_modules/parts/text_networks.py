@@ -120,7 +120,9 @@ def build_text_network(
 
     if label_words is not None:
         if task == "tokens":
-            raise MisconfigurationException("label_words answer for a text, and task: tokens asks for tokens.")
+            raise MisconfigurationException(
+                "label_words answer for a text, and task: tokens asks for tokens."
+            )
         if len(label_words) != num_classes:
             raise MisconfigurationException(
                 f"label_words has {len(label_words)} words, and there are {num_classes} classes."

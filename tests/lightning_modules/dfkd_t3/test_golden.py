@@ -14,12 +14,12 @@ from lightning_modules.dfkd_t3.losses import (
     divergence,
     label_specificity,
     mean_class_entropy,
-    mean_tokens,
     negative_entropy,
     onehot_specificity,
     pairwise_cosine,
     token_divergence,
 )
+from lightning_modules.dfkd_t3.objective import GeneratorObjective
 from lightning_modules.parts.text_metrics import (
     MatthewsCorrelation,
     entity_spans,
@@ -98,7 +98,7 @@ def test_terms(group):
     close(mean_class_entropy(teacher), golden["entropy_mean"])
     for kind, name in (("kl", "kd_forward_kl"), ("reverse_kl", "kd_reverse_kl"), ("js", "js"), ("l1", "l1")):
         close(divergence(teacher, student, kind, T), golden[name])
-    token = negative_entropy(mean_tokens(group.pi, group.mask))
+    token = negative_entropy(GeneratorObjective().mean_tokens(group.pi, group.mask))
     close(token, golden["token_negentropy"])
     close(pairwise_cosine(bags(group.pi, group.mask)), golden["pairwise_cos"])
     rows, columns = torch.arange(group.B)[:, None], torch.arange(group.L)[None]
@@ -132,9 +132,7 @@ def test_matthews(case):
 
 @pytest.mark.parametrize("case", GOLDEN["entity_f1"])
 def test_entities(case):
-    pairs = [
-        (entity_spans(g), entity_spans(p)) for g, p in zip(case["gold"], case["pred"], strict=True)
-    ]
+    pairs = [(entity_spans(g), entity_spans(p)) for g, p in zip(case["gold"], case["pred"], strict=True)]
     correct = sum(len(g & p) for g, p in pairs)
     gold, predicted = (sum(len(pair[side]) for pair in pairs) for side in (0, 1))
     assert (correct, predicted, gold) == (case["correct"], case["n_pred"], case["n_gold"])
