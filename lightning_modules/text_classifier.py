@@ -122,8 +122,8 @@ class TextClassifier(TextEvaluation):
 
     Batches are dictionaries as `GlueDataModule` and `EntityDataModule` make them: `input_ids` and
     `attention_mask` int64 (B, L), `token_type_ids` where the tokenizer makes them, `label` int64 (B,) or
-    (B, L) with -100 where there is no word, or float32 (B,) of scores, `index` int64 (B,). `probabilities` (B, C), as
-    of generated texts, are learned in the label's place.
+    (B, L) with -100 where there is no word, or float32 (B,) of scores, `index` int64 (B,).
+    `probabilities` (B, C), as of generated texts, are learned in the label's place.
 
     Args:
         model: a folder or a hub name; with `model_args` a model type of transformers, such as `bert`, that

@@ -56,7 +56,7 @@ class TextTeacher(Teacher):
         check_range("temperature", temperature, "(0, inf)")
         if model is None and weights is None:
             raise MisconfigurationException(
-                f"{type(self).__name__}: give `model`, or `weights` that are a checkpoint of a TextClassifier."
+                f"{type(self).__name__}: give `model`, or as `weights` a checkpoint of a TextClassifier."
             )
         self.model = model
         self.weights = weights
@@ -81,7 +81,7 @@ class TextTeacher(Teacher):
         Raises:
             MisconfigurationException: it cannot be loaded, or its classes are not the student's.
         """
-        network, tokenizer, prompt = self.built(_task(module), int(module.num_classes))  # type: ignore[arg-type]
+        network, tokenizer, _ = self.built(_task(module), int(module.num_classes))  # type: ignore[arg-type]
         self._refuse_other_ids(tokenizer, module)
         return FrozenTeacher(network, self.model or str(self.weights))
 
@@ -103,7 +103,8 @@ class TextTeacher(Teacher):
                 )
             if known["num_classes"] != num_classes:
                 raise MisconfigurationException(
-                    f"The teacher '{self.weights}' has {known['num_classes']} classes, the student {num_classes}."
+                    f"The teacher '{self.weights}' has {known['num_classes']} classes, the student "
+                    f"{num_classes}."
                 )
         model = self.model or known["model"]
         tokenizer = load_tokenizer(self.tokenizer or known.get("tokenizer") or model)
@@ -160,7 +161,7 @@ class TextDistillation(nn.Module):
 
 
 class DataFreeTeacher(TextTeacher):
-    """Hands a frozen teacher to a `DataFreeDistillation`, in `fit`, and in `predict` to label what is written.
+    """Hands a frozen teacher to a `DataFreeDistillation`, in `fit`, and in `predict` to label the texts.
 
     Its vocabulary must be the student's. Gradients pass through it to the text, and none reaches it.
 

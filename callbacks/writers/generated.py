@@ -35,7 +35,8 @@ class GeneratedTextWriter(PredictionWriter):
         """`index`, `text` and `probabilities`; texts without a character are left out."""
         if not isinstance(module, DistilledText):
             raise MisconfigurationException(
-                f"GeneratedTextWriter writes what a DataFreeDistillation predicts; {type(module).__name__} is none."
+                f"GeneratedTextWriter writes what a DataFreeDistillation predicts; "
+                f"{type(module).__name__} is none."
             )
         columns = outputs["index"].tolist(), outputs["text"], outputs["probabilities"].tolist()
         for index, text, probabilities in zip(*columns, strict=True):

@@ -1,4 +1,4 @@
-"""GLUE's tasks and CoNLL's entities as batches of token ids, by the tokenizer of the model that reads them."""
+"""GLUE's tasks and CoNLL's entities as batches of token ids, by the tokenizer of their model."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

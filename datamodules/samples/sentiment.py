@@ -4,6 +4,7 @@ hardly any word has one, and a tokenizer that knows all words.
 
 import json
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -58,14 +59,14 @@ NEGATIVE = [
     "ugly",
     "weak",
 ]
-NEUTRAL = [f"{a}{b}{c}" for a in ("ka", "lo", "mi", "nu", "ta") for b in ("re", "si", "do", "fa", "gu") for c in
-           ("ba", "ce", "di", "fo", "ha", "ju", "ke", "li", "mo", "pa")]  # fmt: skip
+_SYLLABLES = ("ka lo mi nu ta", "re si do fa gu", "ba ce di fo ha ju ke li mo pa")
+NEUTRAL = ["".join(parts) for parts in product(*(syllables.split() for syllables in _SYLLABLES))]
 VOCABULARY = (*SPECIAL, *POSITIVE, *NEGATIVE, *NEUTRAL)
 """The tokens in the order of their ids: 10 special ones, 20 positive words, 20 negative, 250 neutral."""
 
 
 def write_sentiment(root: Path, size: int = 4000, seed: int = 0) -> None:
-    """Writes `root/SST-2/{train,dev,test}.tsv`, `root/corpus.txt` and `root/tokenizer`, unless they are there.
+    """Writes `root/SST-2/{train,dev,test}.tsv`, `root/corpus.txt` and `root/tokenizer` where they are not.
 
     Args:
         root: folder of the sample.
@@ -93,7 +94,7 @@ def write_sentiment(root: Path, size: int = 4000, seed: int = 0) -> None:
 
 
 def labelled_sentences(count: int, seed: int) -> list[tuple[str, int]]:
-    """Sentences whose words are positive or negative with probability 0.2 each, and which of them are more."""
+    """Sentences whose words are positive or negative with probability 0.2, and which prevail."""
     rng = np.random.default_rng([seed, 0])
     rows: list[tuple[str, int]] = []
     while len(rows) < count:

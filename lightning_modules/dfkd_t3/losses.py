@@ -37,9 +37,10 @@ def label_specificity(logits: Tensor, labels: Tensor) -> Tensor:
 
 def negative_entropy(distribution: Tensor) -> Tensor:
     """sum_i d_i log d_i of a distribution (n,), in [-log n, 0]: of mean classes it is the balance term, of
-    mean tokens the token diversity.
+    mean tokens the token diversity. The gradient at an entry of 0 is finite.
     """
-    return torch.special.xlogy(distribution, distribution).sum()
+    smallest = torch.finfo(distribution.dtype).tiny
+    return (distribution * distribution.clamp(min=smallest).log()).sum()
 
 
 def mean_class_entropy(logits: Tensor) -> Tensor:

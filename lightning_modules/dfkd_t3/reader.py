@@ -89,17 +89,17 @@ def refuse_other_vocabulary(name: str, network: Any, tokenizer: Any, student: An
     remedy = "generate offline with GeneratedTextWriter, and train on the file with a tokenizer of its own"
     if ours != theirs:
         raise MisconfigurationException(
-            f"The {name} has a vocabulary of {theirs} tokens and the student one of {ours}: a gradient through "
-            f"text needs the same. Choose models of one vocabulary, or {remedy}."
+            f"The {name} has a vocabulary of {theirs} tokens and the student one of {ours}: a gradient "
+            f"through text needs the same. Choose models of one vocabulary, or {remedy}."
         )
     if tokenizer is None:
         return
     special = [SpecialTokens.of(each) for each in (tokenizer, shared)]
     if special[0] != special[1]:
         raise MisconfigurationException(
-            f"The {name}'s tokenizer has other special tokens than the student's (padding {special[0].pad} and "
-            f"{special[1].pad}, end {special[0].end} and {special[1].end}): choose models of one tokenizer, or "
-            f"{remedy}."
+            f"The {name}'s tokenizer has other special tokens than the student's (padding {special[0].pad} "
+            f"and {special[1].pad}, end {special[0].end} and {special[1].end}): choose models of one "
+            f"tokenizer, or {remedy}."
         )
     first, second = tokenizer.get_vocab(), shared.get_vocab()
     if first != second:

@@ -64,6 +64,7 @@ class CollapseWatch:
         if self._steps >= PATIENCE and not self._said:
             self._said = True
             rank_zero_warn(
-                f"The generator has collapsed: one text is more than {REPEATED:.0%} of each batch for {PATIENCE} "
-                f"steps. Raise the diversity weight (objective.weights.token={weight:g}, or pairwise)."
+                f"The generator has collapsed: one text is more than {REPEATED:.0%} of each batch "
+                f"for {PATIENCE} steps. Raise the diversity weight (objective.weights.token={weight:g}, or "
+                "pairwise)."
             )
