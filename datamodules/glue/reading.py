@@ -88,7 +88,7 @@ def read_tsv(path: Path, task: Task, split: str, on_error: OnError = "raise") ->
 def _example(row: dict[str, str], task: Task, labelled: bool, where: str) -> Example:
     if "" in row:
         raise DataError(f"{where}: {row['']} (a TSV without quoting: a tab ends a column).")
-    names = task.sentences if task.sentences[0] in row else ("sentence1", "sentence2")[: len(task.sentences)]
+    names = task.sentences
     wanted = (*names, task.label) if labelled else names
     lacking = [name for name in wanted if name not in row]
     if lacking:
@@ -166,7 +166,7 @@ def table_of(source: str | Path, configuration: str, split: str) -> tuple[Any, s
         name = f"{str(source).removeprefix(HUB)}/{configuration}/{split}"
         return hub_table(name), f"{HUB}{name}"
     for folder in (Path(source) / configuration, Path(source)):
-        if (folder / "dataset_dict.json").is_file():
+        if (folder / "dataset_dict.json").is_file() and (folder / split).is_dir():
             return read_saved_table(folder / split), str(folder / split)
         files = sorted(folder.glob(f"{split}-*.parquet"))
         if files:

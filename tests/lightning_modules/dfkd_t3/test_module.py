@@ -38,6 +38,7 @@ def ready(distillation, data, teacher, trainer):
         datamodule.setup("fit")
         callback.setup(run, module, "fit")
         module.setup("fit")
+        module.log_dict = lambda *_, **__: None  # no loop is running that would take it
         batch = next(iter(datamodule.train_dataloader()))
         return module, batch
 
@@ -252,14 +253,12 @@ def test_weights_of_the_baselines():
     ],
 )
 def test_bad_options(make, message):
-    with pytest.raises(ValueError | MisconfigurationException, match=message):
+    with pytest.raises((ValueError, MisconfigurationException), match=message):
         make()
 
 
 def test_the_data_must_be_of_the_mode(distillation, data, fitted):
-    with pytest.raises(
-        MisconfigurationException, match=r"mode: t3 trains on the corpus's text.*train_on is task"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"t3 trains on the corpus's text.*train_on is task"):
         fitted(distillation(), data(train_on="task"))
     with pytest.raises(MisconfigurationException, match="original_data trains on the task's text"):
         fitted(distillation(mode="original_data"), data())
