@@ -72,7 +72,7 @@ def test_fit_test_predict_prune_distil_export(make, data, trainer, tmp_path, mod
     weights = tmp_path / "teacher.ckpt"
     torch.save({"state_dict": teacher.state_dict(), "hyper_parameters": dict(teacher.hparams)}, weights)
     module = make(model, **options)
-    pruning = MagnitudePruning(target_sparsity=0.5, end_step=2)
+    pruning = MagnitudePruning(target_sparsity=0.5, update_every=1)
     run = trainer(callbacks=[TextTeacher(weights=weights), pruning], limit_val_batches=1)
     run.fit(module, datamodule=data)
     assert {"train/ce", "train/text_teacher/kd", "val/accuracy"} <= run.logged_metrics.keys()
@@ -126,7 +126,9 @@ def test_matthews_is_sklearns():
 
 
 def test_classes_of_data_and_model_must_agree(make, data, trainer):
-    with pytest.raises(MisconfigurationException, match=r"The data has 2 classes, but model\.num_classes is 3"):
+    with pytest.raises(
+        MisconfigurationException, match=r"The data has 2 classes, but model\.num_classes is 3"
+    ):
         trainer().validate(make(num_classes=3), datamodule=data)
 
 
