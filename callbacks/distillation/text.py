@@ -14,7 +14,7 @@ from lightning_modules.base import Method
 from lightning_modules.dfkd_t3.networks import DistilledText
 from lightning_modules.language_model import load_tokenizer
 from lightning_modules.parts.options import check_range
-from lightning_modules.parts.text_networks import TextTask, build_text_network
+from lightning_modules.parts.text_networks import TextLogits, TextTask, build_text_network
 from lightning_modules.parts.weights import read_checkpoint
 from lightning_modules.text_classifier import TextClassifier
 
@@ -83,7 +83,7 @@ class TextTeacher(Teacher):
         """
         network, tokenizer, _ = self.built(_task(module), int(module.num_classes))  # type: ignore[arg-type]
         self._refuse_other_ids(tokenizer, module)
-        return FrozenTeacher(network, self.model or str(self.weights))
+        return FrozenTeacher(TextLogits(network), self.model or str(self.weights))
 
     def built(self, task: TextTask, num_classes: int) -> tuple[nn.Module, Any, str | None]:
         """Network, tokenizer and prompt.
@@ -151,7 +151,7 @@ class TextDistillation(nn.Module):
         given = {k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in batch}
 
         def ask() -> Tensor:
-            return self._teacher(**given, return_dict=False)
+            return self._teacher(**given)
 
         teacher, student = self._teacher.once(batch["input_ids"], ask), outputs["logits"]
         if student.ndim == 3:

@@ -146,8 +146,8 @@ class QuantizationCallback(Callback, ABC):
             if not self.takes_encoders or isinstance(module.network, LabelWords):
                 kind = "answers with label words" if self.takes_encoders else "is an encoder"
                 raise MisconfigurationException(
-                    f"{type(self).__name__} does not quantize a TextClassifier that {kind}: use RTN or GPTQ on "
-                    "a model with a classification head."
+                    f"{type(self).__name__} does not quantize a TextClassifier that {kind}: use RTN or "
+                    "GPTQ on a model with a classification head."
                 )
             return cast(CausalLanguageModel, module)
         if not isinstance(module, CausalLanguageModel):

@@ -71,6 +71,22 @@ def decoder_start(config: Any) -> int:
     return int(config.pad_token_id if start is None else start)
 
 
+class TextLogits(nn.Module):
+    """A classifier of texts whose output is its logits alone.
+
+    Args:
+        network: of transformers, or `LabelWords`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, **given: Tensor) -> Tensor:
+        """Logits (B, C), or (B, L, C) of tokens; takes what `text_logits` takes of a batch."""
+        return text_logits(self.network, given)
+
+
 def label_word_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
     """Ids of the words' first tokens.
 

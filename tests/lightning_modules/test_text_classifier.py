@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from callbacks import MagnitudePruning, ONNXExport, SubmissionWriter, TextTeacher
+from callbacks import CBQ, GPTQ, RTN, MagnitudePruning, ONNXExport, SubmissionWriter, TextTeacher
 from datamodules import GlueDataModule
 from datamodules.samples.sentiment import write_sentiment
 from lightning_modules import TextClassifier
@@ -126,9 +126,7 @@ def test_matthews_is_sklearns():
 
 
 def test_classes_of_data_and_model_must_agree(make, data, trainer):
-    with pytest.raises(
-        MisconfigurationException, match=r"The data has 2 classes, but model\.num_classes is 3"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"2 classes, but model\.num_classes is 3"):
         trainer().validate(make(num_classes=3), datamodule=data)
 
 
@@ -136,3 +134,22 @@ def test_a_model_that_is_not_there(make):
     module = TextClassifier("nobody/has-this")
     with pytest.raises(MisconfigurationException, match="'nobody/has-this' cannot be loaded"):
         module.load()
+
+
+@pytest.mark.parametrize("method", [RTN, GPTQ])
+def test_the_blocks_of_an_encoder_are_quantized(make, data, trainer, method):
+    module, callback = make(), method(bits=4, group_size=8)
+    (found,) = trainer(callbacks=[callback]).test(module, datamodule=data, verbose=False)
+    assert 0 <= found["test/accuracy"] <= 1
+    assert callback.matrices
+    layer = module.network.bert.encoder.layer[0].output.dense
+    groups = layer.weight.detach().view(-1, 8)
+    assert max(len(group.unique()) for group in groups) <= 16
+
+
+def test_what_cannot_be_quantized_is_said(make, data, trainer):
+    module = make("t5", label_words=["bad", "good"])
+    with pytest.raises(MisconfigurationException, match="answers with label words: use RTN or GPTQ"):
+        trainer(callbacks=[RTN(bits=4, group_size=8)]).test(module, datamodule=data)
+    with pytest.raises(MisconfigurationException, match="CBQ does not quantize a TextClassifier that"):
+        trainer(callbacks=[CBQ(bits=4, group_size=8)]).test(make(), datamodule=data)
