@@ -18,7 +18,7 @@ else:
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("callbacks", "lightning_modules", "datamodules")
-SCRIPTS = ("featherlight.py", "featherlight_cli.py", "featherlight_errors.py", "featherlight_options.py")
+SCRIPTS = tuple(sorted(file.name for file in REPOSITORY.glob("featherlight*.py")))
 
 
 def our_files() -> list[Path]:

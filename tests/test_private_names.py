@@ -109,6 +109,12 @@ PRIVATE = (
         ),
         "scoring and loading without a Trainer",
     ),
+    Private(
+        "lightning.pytorch.trainer.connectors.logger_connector.result",
+        "_ResultMetric",
+        ("lightning_modules/parts/logging.py",),
+        "logging a step's losses in place",
+    ),
     Private(_CLI, "_get", _COMMAND, "the options of the Trainer"),
     Private(_CLI, "_instantiate_trainer", _COMMAND, "the order of callbacks"),
     Private(_CLI, "_parse_ckpt_path", _COMMAND, "options from the recipe instead of from the checkpoint"),
