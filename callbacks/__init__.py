@@ -17,6 +17,7 @@ from callbacks.distillation import (
 )
 from callbacks.distillation.detection import DetectionTeacher
 from callbacks.distillation.sam import SAMTeacher
+from callbacks.distillation.text import DataFreeTeacher, TextTeacher
 from callbacks.measure.cka import CKAAnalysis
 from callbacks.measure.efficiency import EfficiencyReport
 from callbacks.measure.generator_report import GeneratorReport
@@ -35,8 +36,10 @@ from callbacks.token_reduction import EViT, TokenPruningPooling, TokenReduction,
 from callbacks.writers.base import PredictionWriter
 from callbacks.writers.classification import ClassificationWriter
 from callbacks.writers.detection import DetectionWriter
+from callbacks.writers.generated import GeneratedTextWriter
 from callbacks.writers.masks import MaskWriter
 from callbacks.writers.scores import ScoreWriter
+from callbacks.writers.submission import SubmissionWriter
 from callbacks.writers.text import TextWriter
 from lightning_modules.parts.frozen import FrozenNetwork
 from lightning_modules.parts.taps import FeatureTaps
@@ -57,6 +60,7 @@ __all__ = [
     "CKAAnalysis",
     "ClassificationWriter",
     "Criterion",
+    "DataFreeTeacher",
     "DetectionTeacher",
     "DetectionWriter",
     "DistillationTeacher",
@@ -66,6 +70,7 @@ __all__ = [
     "FeatureTaps",
     "FitNet",
     "FrozenNetwork",
+    "GeneratedTextWriter",
     "GeneratorReport",
     "LMEvaluation",
     "LogLines",
@@ -85,7 +90,9 @@ __all__ = [
     "SAMTeacher",
     "ScoreWriter",
     "StageLogger",
+    "SubmissionWriter",
     "Teacher",
+    "TextTeacher",
     "TextWriter",
     "ToMe",
     "TokenPruningPooling",

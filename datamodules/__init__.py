@@ -6,6 +6,7 @@ from datamodules.coco.module import CocoDataModule
 from datamodules.coco.transforms import DecoPlusTransforms, DecoTransforms, DetectionTransforms
 from datamodules.fake_images.module import FakeImagesDataModule
 from datamodules.fake_images.transforms import Degradation, FakeImageTransforms
+from datamodules.glue import CorpusToTask, EntityDataModule, GlueDataModule
 from datamodules.imagenet import ImageFolderDataModule, ImageNetDataModule
 from datamodules.images import ImagesDataModule
 from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, hash_seed
@@ -19,15 +20,18 @@ __all__ = [
     "PINNED",
     "CIFAR100DataModule",
     "CocoDataModule",
+    "CorpusToTask",
     "CorruptSampleError",
     "DataModule",
     "DecoPlusTransforms",
     "DecoTransforms",
     "Degradation",
     "DetectionTransforms",
+    "EntityDataModule",
     "EpochSampler",
     "FakeImageTransforms",
     "FakeImagesDataModule",
+    "GlueDataModule",
     "IdentitySampler",
     "ImageFolderDataModule",
     "ImageNetDataModule",

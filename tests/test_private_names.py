@@ -104,6 +104,7 @@ PRIVATE = (
         (
             "lightning_modules/base.py",
             "lightning_modules/deco/module.py",
+            "lightning_modules/dfkd_t3/module.py",
             "lightning_modules/gendet/module.py",
         ),
         "scoring and loading without a Trainer",
@@ -132,7 +133,16 @@ PRIVATE = (
         "moving the frozen encoder, which is no part of the module tree",
     ),
     Private(
-        "torch.nn.Module", "_modules", ("lightning_modules/language_model.py",), "loading a network late"
+        "torch.nn.Module",
+        "_modules",
+        (
+            "lightning_modules/dfkd_t3/module.py",
+            "lightning_modules/dfkd_t3/networks.py",
+            "lightning_modules/dfkd_t3/texts.py",
+            "lightning_modules/language_model.py",
+            "lightning_modules/text_classifier.py",
+        ),
+        "loading a network late",
     ),
     Private(
         "torch.nn.Module",

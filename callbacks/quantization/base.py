@@ -4,7 +4,7 @@ done.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -30,6 +30,8 @@ from lightning_modules.language_model import (
 from lightning_modules.parts.contracts import HasCalibrationSegments, datamodule_of, require
 from lightning_modules.parts.options import OptionError, options_of
 from lightning_modules.parts.strategies import is_sharded
+from lightning_modules.parts.text_networks import LabelWords
+from lightning_modules.text_classifier import TextClassifier
 
 Export = Literal["none", "dense", "compressed-tensors", "both"]
 
@@ -61,6 +63,7 @@ class QuantizationCallback(Callback, ABC):
     """
 
     name: str
+    takes_encoders = True
 
     @options_of(Scheme)
     def __init__(
@@ -137,6 +140,16 @@ class QuantizationCallback(Callback, ABC):
     # What
 
     def _model(self, module: LightningModule) -> CausalLanguageModel:
+        """The module, loaded; the blocks of an encoder of texts are quantized as a language model's are."""
+        if isinstance(module, TextClassifier):
+            module.load()
+            if not self.takes_encoders or isinstance(module.network, LabelWords):
+                kind = "answers with label words" if self.takes_encoders else "is an encoder"
+                raise MisconfigurationException(
+                    f"{type(self).__name__} does not quantize a TextClassifier that {kind}: use RTN or "
+                    "GPTQ on a model with a classification head."
+                )
+            return cast(CausalLanguageModel, module)
         if not isinstance(module, CausalLanguageModel):
             raise MisconfigurationException(
                 f"{type(self).__name__} quantizes a CausalLanguageModel; {type(module).__name__} is none."
@@ -176,7 +189,7 @@ class QuantizationCallback(Callback, ABC):
             return
         blocks, schemes = self._resolve(module)
         before = None
-        if self.baseline and loaders is not None:
+        if self.baseline and loaders is not None and isinstance(module, CausalLanguageModel):
             before = self._perplexity(trainer, module, loaders)
         kinds = sorted({str(scheme) for scheme in schemes.values()})
         rank_zero_info(f"{type(self).__name__}: {len(schemes)} layers, {', '.join(kinds)}.")

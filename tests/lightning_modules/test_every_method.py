@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from lightning_modules import CausalLanguageModel, ImageClassifier
+from lightning_modules import CausalLanguageModel, ImageClassifier, TextClassifier
 from lightning_modules.deco import Deco, DecoDetector, DecoPlus
 from lightning_modules.gendet import CNNDetector, GenDet, LinearProbe, NearestNeighbors
 from lightning_modules.parts.averaging import AveragedWeights, average_weights_only, averaged_tensors
@@ -17,6 +17,7 @@ from lightning_modules.parts.encoder import ImageEncoder
 from lightning_modules.parts.modes import train_what_is_trained
 from lightning_modules.tinysam import SAM, TinySAMModule, TinyViT
 
+BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
 
 
@@ -47,6 +48,7 @@ METHODS = {
     "NearestNeighbors": lambda: NearestNeighbors(encoder()),
     "CNNDetector": lambda: CNNDetector("resnet18", None),
     "TinySAM": lambda: TinySAMModule(sam()),
+    "TextClassifier": lambda: TextClassifier("bert", model_args=BERT, tokenizer="bytes"),
     "CausalLanguageModel": lambda: CausalLanguageModel("gpt2", GPT2, "bytes"),
 }
 
