@@ -179,10 +179,7 @@ class MaskGenerator:
         original = image.shape[:2]
         self.prompts = 0
         self._progress = progress or (lambda done, planned: None)
-        if self.options.rounds == 2:
-            found = self._two_rounds(image)
-        else:
-            found = self._full_grid(image)
+        found = self._two_rounds(image) if self.options.rounds == 2 else self._full_grid(image)
         return self._records(found, original)
 
     # One round over all crops
@@ -262,8 +259,8 @@ class MaskGenerator:
         return found, covered
 
     def _decoded(self, points: NDArray[np.float64]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Of a batch of prompts, the masks with a high predicted IoU, a few at a time: row of the prompt (k,),
-        predicted IoU (k,), logits (k, height, width) in the crop's pixels.
+        """Of a batch of prompts, the masks of a high predicted IoU, a few at a time: row of the prompt (k,),
+        predicted IoU (k,) and logits (k, height, width) in the crop's pixels.
         """
         network, predictor = self.predictor.network, self.predictor
         decoder = network.mask_decoder
@@ -345,8 +342,8 @@ def fine_points(
     dx, dy = width // points_per_side, height // points_per_side
     if min(dx, dy) < 1:
         raise ValueError(
-            f"everything: a picture of {width} x {height} pixels has no room for {points_per_side} points in a "
-            "row and column; lower points_per_side."
+            f"everything: a picture of {width} x {height} pixels has no room for {points_per_side} points in "
+            "a row and column; lower points_per_side."
         )
     if grid == "regular":
         candidates = point_grid(points_per_side) * [width, height]
