@@ -127,9 +127,10 @@ def _classes(package: Path) -> Iterator[tuple[str, str]]:
     imported.
     """
     tree = ast.parse((package / "__init__.py").read_text(encoding="utf-8"))
-    for node in tree.body:
-        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
-            found = _definition(package.parent, str(node.module), alias.name)  # type: ignore[union-attr]
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    for node in imports:
+        for alias in node.names:
+            found = _definition(package.parent, str(node.module), alias.name)
             if found is not None and _is_lightning(package.parent, *found) and alias.name not in _BASES:
                 yield alias.asname or alias.name, _first_sentence(ast.get_docstring(found[0]) or "")
 

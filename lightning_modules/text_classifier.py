@@ -252,7 +252,8 @@ class TextClassifier(TextEvaluation):
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """`probabilities` (B, C) or (B, L, C), or `score` (B,), beside `index`, and `label` where known."""
         logits = self.task_logits(batch).float()
-        known = {name: batch[name] for name in ("index", "label", "input_ids") if name in batch}
+        names = ("index", "label", "input_ids")
+        known: dict[str, Any] = {name: batch[name] for name in names if name in batch}
         if self.num_classes == 1:
             return {"score": logits.squeeze(-1), **known}
         return {"probabilities": logits.softmax(dim=-1), **known}

@@ -83,7 +83,7 @@ PRIVATE = (
     Private(
         "torch.nn.modules.batchnorm",
         "_NormBase",
-        (_AVERAGING, "lightning_modules/parts/modes.py"),
+        (_AVERAGING, "lightning_modules/parts/modes.py", "lightning_modules/tinysam/training.py"),
         "telling the statistics of norms from other buffers",
     ),
     Private(
@@ -106,6 +106,7 @@ PRIVATE = (
             "lightning_modules/deco/module.py",
             "lightning_modules/dfkd_t3/module.py",
             "lightning_modules/gendet/module.py",
+            "lightning_modules/tinysam/module.py",
         ),
         "scoring and loading without a Trainer",
     ),

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 import yaml
+from lightning.pytorch import LightningDataModule
 
 import callbacks
 import datamodules
@@ -90,10 +91,11 @@ def test_every_recipe_plugin_method_and_data_module_is_listed_with_a_line():
     }
     assert exported <= set(models)
     assert set(models) <= set(lightning_modules.__all__)
-    assert set(data) == {name for name in datamodules.__all__ if name.endswith("DataModule")} - {
-        "DataModule",
-        "VisionDataModule",
+    kinds = [getattr(datamodules, name, None) for name in datamodules.__all__]
+    exported = {
+        kind.__name__ for kind in kinds if isinstance(kind, type) and issubclass(kind, LightningDataModule)
     }
+    assert set(data) == exported - {"DataModule", "VisionDataModule"}
     assert set(yaml.safe_load((configs() / "callbacks" / "kd.yaml").read_text())) <= {
         "class_path",
         "init_args",

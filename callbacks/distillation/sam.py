@@ -266,10 +266,10 @@ class FullStageDistillation(nn.Module):
         token = mean_distance(outputs["tokens"], answers["tokens"])
         output = output_loss(outputs["masks"], answers["masks"], valid, options.output_loss)
         both = (answers["masks"], outputs["masks"])
-        ious = [mask_iou(masks, target, valid).amax(dim=1) for masks in both]
-        logged = {"teacher_iou": ious[0].mean(), "student_iou": ious[1].mean()}
+        teacher, student = (mask_iou(masks, target, valid).amax(dim=1) for masks in both)
+        logged = {"teacher_iou": teacher.mean(), "student_iou": student.mean()}
         if options.hard_mask_weighting:
-            hardness = hard_mask_weight(*ious, eps=options.eps)
+            hardness = hard_mask_weight(teacher, student, eps=options.eps)
             output, logged = hardness * output, {**logged, "hardness": hardness.mean()}
         module.log_dict({f"train/{options.name}/{key}": value for key, value in logged.items()}, batch_size=1)
         return {"token": token, "output": reduced(output, options.mask_reduction)}

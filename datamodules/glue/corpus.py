@@ -200,7 +200,7 @@ class _Collation:
 
     def __call__(self, samples: list[Mapping[str, Any]]) -> Any:
         if "tokens" not in samples[0]:
-            return self.task(samples)  # type: ignore[arg-type]
+            return self.task(samples)
         longest = max(len(sample["tokens"]) for sample in samples)
         ids = torch.full((len(samples), longest), self.pad, dtype=torch.int64)
         mask = torch.zeros(len(samples), longest, dtype=torch.bool)

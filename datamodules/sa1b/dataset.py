@@ -21,7 +21,7 @@ from datamodules.sa1b.pairs import FolderPairs, Notes, RawPair, TarPairs, parse_
 class RawSample(NamedTuple):
     """A picture with its annotations; their masks are not decoded."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     key: str
     path: str
     picture: Image.Image

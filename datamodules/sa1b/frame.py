@@ -55,7 +55,7 @@ def low_resolution(mask: NDArray[np.bool_], frame: int) -> NDArray[np.bool_]:
     It is resized and padded as the picture is, by Pillow, then averaged over 4 x 4 pixels; what is covered
     by more than half is set. (Nearest neighbours differ between Pillow, OpenCV and torchvision.)
     """
-    height, width = frame_size(*mask.shape, frame)
+    height, width = frame_size(mask.shape[0], mask.shape[1], frame)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     side = frame // STRIDE
     if not len(rows):

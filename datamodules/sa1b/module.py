@@ -48,7 +48,7 @@ class SA1BDataModule(DataModule):
         source: read `tars` or a `folder`; `auto` takes what is there.
         ids: text file of the ids to use, one a line; null is all.
         fraction: of the pictures, the first ones in order (0.01 of SA-1B is 10 of the 1000 tars).
-        val_fraction: of these, kept for validation and test.
+        val_fraction: of these, kept for validation and test, at least one; 0 keeps none.
         val_images: most pictures of validation and test; null is all.
         val_masks: most masks of each picture there.
         window: tars whose pictures are shuffled among each other.
@@ -98,8 +98,8 @@ class SA1BDataModule(DataModule):
             raise ValueError(f"image_size: a multiple of 16 is needed, not {image_size}.")
         if masks_per_image < 1:
             raise ValueError(f"masks_per_image: at least 1 is needed, not {masks_per_image}.")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction is between 0 and 1, not {val_fraction}.")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction is at least 0 and below 1, not {val_fraction}.")
         self.image_size = image_size
         self.masks_per_image = masks_per_image
         self.source: Source = source
@@ -143,7 +143,8 @@ class SA1BDataModule(DataModule):
             )
         rows = choose(pairs.keys, self.ids, self.fraction, self.root)
         hashes = np.array([_hash(pairs.keys[row]) for row in rows])
-        validates = hashes < max(self.val_fraction, hashes.min() + 1e-12)  # at least one
+        # at least one, unless none is wanted
+        validates = hashes < (max(self.val_fraction, hashes.min() + 1e-12) if self.val_fraction else 0)
         train = Sa1bDataset(pairs, rows[~validates])
         val = Sa1bDataset(pairs, rows[validates][: self.val_images])
         said = f"{len(train)} pictures to train on and {len(val)} to validate on"

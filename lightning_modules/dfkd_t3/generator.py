@@ -83,18 +83,20 @@ class TextGenerator:
         relaxation: Relaxation,
         length: int,
     ) -> None:
-        self.network: Any = network
+        body: Any = network
+        self.network: Any
+        self.network = network
         self.special = special
         self.prompt = prompt
         self.relaxation = relaxation
         self.length = length
-        self.seq2seq = bool(self.network.config.is_encoder_decoder)
+        self.seq2seq = bool(body.config.is_encoder_decoder)
         if not self.seq2seq and relaxation.decoding == "autoregressive":
             raise MisconfigurationException(
                 f"relaxation.decoding: autoregressive needs an encoder and a decoder, and "
                 f"{type(network).__name__} has none: set parallel."
             )
-        size = self.network.get_input_embeddings().weight.shape[0]
+        size = body.get_input_embeddings().weight.shape[0]
         banned = sorted(special.special - {special.end}) + list(range(special.size, size))
         self._banned = torch.zeros(size)
         self._banned[banned] = FORBIDDEN

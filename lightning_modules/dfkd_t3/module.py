@@ -180,7 +180,7 @@ class DataFreeDistillation(TextMaker):
             return options.rate(step - options.warm_start)
         return 1.0 if options.warm_start_lr is None else options.warm_start_lr / self.rates[name]
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
         """The generator's steps, then the student's; at the beginning a random generator learns to copy."""
         options = self.schedule_options
         warm = self.mode in GENERATED and self.steps_done < options.warm_start

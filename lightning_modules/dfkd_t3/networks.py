@@ -147,7 +147,8 @@ class DistilledText(TextEvaluation):
 
     def reads(self, network: nn.Module, prompt: str | None) -> TextReader:
         """How a network reads text."""
-        estimator = self.relaxation.estimator  # type: ignore[union-attr]
+        relaxation: Any = self.relaxation
+        estimator = relaxation.estimator
         return TextReader(network, self.special, self.prompt_ids(prompt), self.task == "tokens", estimator)
 
     def take_teacher(self, network: Any, tokenizer: Any, prompt: str | None) -> None:
@@ -164,7 +165,8 @@ class DistilledText(TextEvaluation):
         self.load()
         refuse_other_vocabulary("teacher", network, tokenizer, self.student, self.tokenizer)
         self.teacher = self.reads(network, prompt)
-        widths = [part.get_input_embeddings().weight.shape[1] for part in (network, self.student)]
+        parts: tuple[Any, Any] = (network, self.student)
+        widths = [part.get_input_embeddings().weight.shape[1] for part in parts]
         if self.mode == "as_dfd" and widths[0] != widths[1] and "student_extra" not in self._modules:
             self.student_extra = nn.Linear(*widths)
 

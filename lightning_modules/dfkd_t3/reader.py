@@ -44,7 +44,8 @@ class TextReader:
     @property
     def width(self) -> int:
         """Of an embedding."""
-        return int(self.embedding.weight.shape[1])  # type: ignore[union-attr]
+        weight: Any = self.embedding.weight
+        return int(weight.shape[1])
 
     def __call__(self, text: WrittenText) -> Tensor:
         """Logits (B, C); of tokens (B, L, C), at the positions of the text.

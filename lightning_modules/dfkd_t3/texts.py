@@ -53,7 +53,8 @@ class TextMaker(DistilledText):
 
     def _generator_outputs(self, source: WrittenText) -> dict[str, Any]:
         labels = self._labels(source)
-        tau = self.relaxation.tau(self.steps_done / self.schedule_options.steps)
+        relaxation: Any = self.relaxation
+        tau = relaxation.tau(self.steps_done / self.schedule_options.steps)
         text = self.writer.write(source, tau, labels, self.class_prompts)
         teacher = self._valid(self.teacher(text), text)
         student = torch.zeros_like(teacher)
@@ -138,7 +139,8 @@ class TextMaker(DistilledText):
 
     def _report(self, text: WrittenText, source: WrittenText, teacher: Tensor, student: Tensor) -> None:
         self._collapse.see(text, self.weights.token)
-        if self.steps_done % max(1, self.trainer.log_every_n_steps):
+        every: int = getattr(self.trainer, "log_every_n_steps", 50)
+        if self.steps_done % max(1, every):
             return
         values = describe(text, source, teacher)
         values["divergence"] = divergence(teacher.detach(), student.detach())

@@ -1,6 +1,6 @@
 """The metrics of text tasks as GLUE and CoNLL define them; torchmetrics' where it agrees."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -108,10 +108,11 @@ def build_metric(name: MetricName, num_classes: int, tags: Sequence[str] | None 
     """
     if name == "entity_f1":
         return EntityF1(tags or [str(number) for number in range(num_classes)])
-    return {
+    makers: dict[str, Callable[[], Metric]] = {
         "accuracy": lambda: MulticlassAccuracy(num_classes, average="micro"),
         "f1": BinaryF1Score,
         "matthews": MatthewsCorrelation,
         "pearson": PearsonCorrCoef,
         "spearman": SpearmanCorrCoef,
-    }[name]()
+    }
+    return makers[name]()

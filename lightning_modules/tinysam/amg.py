@@ -63,8 +63,9 @@ def mask_boxes(masks: NDArray[np.bool_]) -> NDArray[np.int64]:
     Args:
         masks: (n, height, width).
     """
-    columns, rows = masks.any(axis=1), masks.any(axis=2)
-    (height, width), full = masks.shape[1:], columns.any(axis=1)
+    columns: NDArray[np.bool_] = np.any(masks, axis=1)
+    rows: NDArray[np.bool_] = np.any(masks, axis=2)
+    (height, width), full = masks.shape[1:], np.any(columns, axis=1)
     boxes = np.stack(
         [
             columns.argmax(axis=1),
@@ -81,7 +82,8 @@ def near_edge(boxes: NDArray[np.int64], crop: list[int], image: list[int]) -> ND
     """Which boxes (n, 4) touch a border of the crop that is none of the picture's."""
     at_crop = np.abs(boxes - np.array(crop)) <= EDGE
     at_image = np.abs(boxes - np.array(image)) <= EDGE
-    return (at_crop & ~at_image).any(axis=1)
+    near: NDArray[np.bool_] = np.any(at_crop & ~at_image, axis=1)
+    return near
 
 
 def box_xywh(box: list[int]) -> list[int]:

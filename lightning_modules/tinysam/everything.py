@@ -129,7 +129,7 @@ class Candidates:
             (self.points, other.points),
             (self.crops, other.crops),
         )
-        return Candidates(*(first + second for first, second in pairs))  # type: ignore[operator, arg-type]
+        return Candidates(*(first + second for first, second in pairs))  # type: ignore[arg-type]
 
     def suppressed(self, scores: list[float], threshold: float) -> "Candidates":
         """Without those whose box overlaps one of a higher score, best first."""

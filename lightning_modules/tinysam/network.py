@@ -307,12 +307,16 @@ class PromptEncoder(nn.Module):
         kinds = labels[..., None]
         encoded = torch.where(kinds == -1, self.not_a_point_embed.weight, encoded)
         for label in (0, 1):
-            encoded = encoded + (kinds == label) * self.point_embeddings[label].weight
+            encoded = encoded + (kinds == label) * self._corner(label)
         return encoded
 
     def _boxes(self, boxes: Tensor) -> Tensor:
         corners = self.pe_layer((boxes.view(-1, 2, 2) + 0.5) / self.image_size)
-        return corners + torch.cat([self.point_embeddings[2].weight, self.point_embeddings[3].weight])
+        return corners + torch.cat([self._corner(2), self._corner(3)])
+
+    def _corner(self, kind: int) -> Tensor:
+        embedding: Any = self.point_embeddings[kind]
+        return embedding.weight
 
 
 class _DecoderAttention(nn.Module):

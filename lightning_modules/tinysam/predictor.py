@@ -57,7 +57,7 @@ def to_frame(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
         raise ValueError(
             f"an image is uint8 of (height, width, 3), and this is {image.dtype} of {tuple(image.shape)}."
         )
-    height, width = frame_size(*image.shape[:2], side)
+    height, width = frame_size(image.shape[0], image.shape[1], side)
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 

@@ -106,9 +106,9 @@ def test_splits_are_disjoint_and_of_the_id(tars, folder):
 def test_ids_and_fraction(folder, tmp_path):
     every = sorted(path.stem for path in folder.glob("*.jpg"))
     (tmp_path / "ids.txt").write_text(f"{every[2]}\n{every[5]}.jpg\n\n")
-    data = opened(folder, ids=tmp_path / "ids.txt", val_fraction=1e-9)
+    data = opened(folder, ids=tmp_path / "ids.txt", val_fraction=0)
     assert [data.datasets["train"][i].key for i in range(2)] == [every[2], every[5]]
-    data = opened(folder, fraction=0.5, val_fraction=1e-9)
+    data = opened(folder, fraction=0.5, val_fraction=0)
     assert [data.datasets["train"][i].key for i in range(6)] == every[:6]
     (tmp_path / "ids.txt").write_text("sa_1\n")
     with pytest.raises(DataError, match=r"ids\.txt names sa_1, and .* has none"):
@@ -180,7 +180,7 @@ def test_a_mask_that_vanishes_is_drawn_again(pair):
         content["annotations"] = [content["annotations"][0], *[bad] * 8]
 
     change(specks)
-    batch = next(iter(opened(root, batch_size=1, val_fraction=1e-9).train_dataloader()))
+    batch = next(iter(opened(root, batch_size=1, val_fraction=0).train_dataloader()))
     assert len(batch["masks"]) == 4
     assert len(batch["masks"].unique(dim=0)) == 1
     assert speck.sum() == 0
@@ -189,7 +189,7 @@ def test_a_mask_that_vanishes_is_drawn_again(pair):
 def test_a_picture_without_masks_gives_none(pair):
     root, _, change = pair
     change(lambda content: content.update(annotations=[]))
-    batch = next(iter(opened(root, batch_size=1, val_fraction=1e-9).train_dataloader()))
+    batch = next(iter(opened(root, batch_size=1, val_fraction=0).train_dataloader()))
     assert batch["masks"].shape == (0, 16, 16)
     assert batch["owner"].tolist() == []
 
@@ -228,7 +228,7 @@ def test_bad_json(pair, case):
     root, path, change = pair
     edit, message = BAD[case]
     change(edit)
-    data = opened(root, batch_size=1, val_fraction=1e-9, masks_per_image=50)
+    data = opened(root, batch_size=1, val_fraction=0, masks_per_image=50)
     with pytest.raises(CorruptSampleError, match=message) as caught:
         next(iter(data.train_dataloader()))
     assert path.stem in str(caught.value)
@@ -240,7 +240,7 @@ def test_a_truncated_picture(pair):
     root, path, _ = pair
     image = path.with_suffix(".jpg")
     image.write_bytes(image.read_bytes()[:300])
-    data = opened(root, batch_size=1, val_fraction=1e-9)
+    data = opened(root, batch_size=1, val_fraction=0)
     with pytest.raises(CorruptSampleError, match=rf"cannot read the image .*{image.name}"):
         next(iter(data.train_dataloader()))
 
@@ -252,10 +252,10 @@ def test_a_truncated_picture_in_a_tar_is_named(tars, tmp_path):
     content[start + 200 : start + 1200] = bytes(1000)
     content[start : start + 3] = b"not"
     (tmp_path / "sa_000000.tar").write_bytes(content)
-    data = opened(tmp_path, batch_size=1, val_fraction=1e-9)
+    data = opened(tmp_path, batch_size=1, val_fraction=0)
     with pytest.raises(CorruptSampleError, match=rf"cannot read the image sa_\d+ in {path}"):
         list(data.train_dataloader())
-    data = opened(tmp_path, batch_size=1, val_fraction=1e-9, on_error="skip")
+    data = opened(tmp_path, batch_size=1, val_fraction=0, on_error="skip")
     assert len(list(data.train_dataloader())) == 4  # another one in its place
 
 
@@ -310,7 +310,7 @@ def test_tars_beside_pictures_are_ambiguous(tars, folder, tmp_path):
     [
         ({"image_size": 100}, "image_size: a multiple of 16"),
         ({"masks_per_image": 0}, "masks_per_image: at least 1"),
-        ({"val_fraction": 0.0}, "val_fraction is between 0 and 1"),
+        ({"val_fraction": 1.0}, "val_fraction is at least 0 and below 1"),
     ],
 )
 def test_options(tmp_path, options, message):
