@@ -180,6 +180,7 @@ def test_prompts_and_masks_are_in_pixels_of_the_picture():
 
 def _with_position(network):
     class Network:
+        image_size = 64
         mask_decoder = staticmethod(network.mask_decoder)
 
         class prompt_encoder:
