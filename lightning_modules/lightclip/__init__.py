@@ -2,6 +2,7 @@
 
 from lightning_modules.lightclip.losses import Softening
 from lightning_modules.lightclip.matching import Matching
+from lightning_modules.lightclip.module import LightCLIP
 from lightning_modules.lightclip.network import LightCLIPNet
 
-__all__ = ["LightCLIPNet", "Matching", "Softening"]
+__all__ = ["LightCLIP", "LightCLIPNet", "Matching", "Softening"]
