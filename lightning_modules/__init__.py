@@ -1,6 +1,7 @@
 """One room a method: networks, losses and the LightningModules that train them."""
 
 from lightning_modules.base import Method
+from lightning_modules.cfam import CFAM, WarmupCosine
 from lightning_modules.classification import ImageClassifier
 from lightning_modules.deco import Deco, DecoDetector, DecoPlus, FocalCriterion, VarifocalCriterion
 from lightning_modules.gendet import (
@@ -17,6 +18,7 @@ from lightning_modules.parts import students  # noqa: F401  (registers swin_nano
 from lightning_modules.parts.schedules import WarmupSchedule
 
 __all__ = [
+    "CFAM",
     "CNNDetector",
     "CausalLanguageModel",
     "Deco",
@@ -32,5 +34,6 @@ __all__ = [
     "NearestNeighbors",
     "StageSchedule",
     "VarifocalCriterion",
+    "WarmupCosine",
     "WarmupSchedule",
 ]
