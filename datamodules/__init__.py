@@ -9,6 +9,7 @@ from datamodules.fake_images.transforms import Degradation, FakeImageTransforms
 from datamodules.imagenet import ImageFolderDataModule, ImageNetDataModule
 from datamodules.images import ImagesDataModule
 from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, hash_seed
+from datamodules.person_retrieval import CaptionTokenizer, PersonRetrievalDataModule
 from datamodules.reading import CorruptSampleError, read_image
 from datamodules.sampling import IdentitySampler
 from datamodules.text.module import TextDataModule
@@ -17,6 +18,7 @@ from datamodules.transforms import PINNED, ImageTransforms
 __all__ = [
     "PINNED",
     "CIFAR100DataModule",
+    "CaptionTokenizer",
     "CocoDataModule",
     "CorruptSampleError",
     "DataModule",
@@ -32,6 +34,7 @@ __all__ = [
     "ImageNetDataModule",
     "ImageTransforms",
     "ImagesDataModule",
+    "PersonRetrievalDataModule",
     "ResumableLoader",
     "SeededDataset",
     "TextDataModule",
