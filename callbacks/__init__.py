@@ -34,6 +34,7 @@ from callbacks.token_reduction import EViT, TokenPruningPooling, TokenReduction,
 from callbacks.writers.base import PredictionWriter
 from callbacks.writers.classification import ClassificationWriter
 from callbacks.writers.detection import DetectionWriter
+from callbacks.writers.retrieval import RetrievalWriter
 from callbacks.writers.scores import ScoreWriter
 from callbacks.writers.text import TextWriter
 from lightning_modules.parts.frozen import FrozenNetwork
@@ -76,6 +77,7 @@ __all__ = [
     "QuantizationCallback",
     "RankPruning",
     "Results",
+    "RetrievalWriter",
     "RigL",
     "RunCheckpoint",
     "RunLock",

@@ -137,7 +137,7 @@ def refuse_missing(root: Path, persons: Iterable[Person]) -> None:
     missing = [person.path for person in persons if not (root / person.path).is_file()]
     if missing:
         raise DataError(
-            f"{root}: {len(missing)} images of the annotations do not exist, such as {', '.join(missing[:3])}."
+            f"{root}: {len(missing)} images of the annotations are missing, such as {', '.join(missing[:3])}."
         )
 
 
