@@ -1,4 +1,4 @@
-"""Answers to sentences: the best pictures of a gallery, as one page that needs no other file, and as a table."""
+"""Answers to sentences: the best pictures of a gallery, as a page that needs no other file, and as a table."""
 
 import base64
 import csv

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from datamodules.person_retrieval import CaptionTokenizer
 from lightning_modules.cfam import CFAM, GranularityDecoder, IdentityHead, Matcher
 from lightning_modules.cfam.losses import cosine, hard_negatives, itc, local_similarity, sdm
 from lightning_modules.cfam.objective import LossSettings
@@ -189,3 +190,10 @@ def test_end_to_end(case):
     with torch.no_grad():
         fused = model.encode_image(images) @ model.encode_text(ids).T
     close(fused.sum(), case["fused_similarity_alpha_0p8_sum"])
+
+
+@pytest.mark.parametrize("case", GOLDEN["tokens"], ids=lambda case: case["context_length"])
+def test_tokens(case):
+    ids, _ = CaptionTokenizer(case["context_length"])([case["text"]])
+    assert ids[0, : len(case["ids"])].tolist() == case["ids"]
+    assert not ids[0, len(case["ids"]) :].any()
