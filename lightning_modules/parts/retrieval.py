@@ -19,7 +19,7 @@ MOST_COUNTED = 24
 
 
 class RetrievalMetrics(Metric):
-    """R@k, mAP, mINP and mSD, percent, of queries that rank a gallery by cosine; relevant is the same identity.
+    """R@k, mAP, mINP and mSD, percent, of queries that rank a gallery by cosine; the same identity is a hit.
 
     Every image stands in the gallery once and every query counts once, whatever a distributed sampler
     repeats: `index` tells. Ranks may have unequally many.
@@ -191,8 +191,8 @@ def _of_chunk(
     hits = torch.arange(1, rank.shape[1] + 1, device=rank.device)
     scores = {
         "first": rank[:, 0],
-        "AP": torch.where(valid, hits / rank, 0.0).sum(dim=1) / number,
-        "INP": number / rank.gather(1, number[:, None] - 1).squeeze(1),
+        "AP": torch.where(valid, hits.double() / rank, 0.0).sum(dim=1) / number,
+        "INP": number.double() / rank.gather(1, number[:, None] - 1).squeeze(1),
         "SD": _distribution(value, above, total, valid, similarity.shape[1]),
     }
     if released:
