@@ -21,9 +21,10 @@ from callbacks.writers.drawing import fit_into, open_picture
 from lightning_modules.parts.distributed import rows_of_all_ranks
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #222;
-  background: #fafafa }
-section { background: #fff; border: 1px solid #ddd; border-radius: 8px; padding: 1rem 1.2rem; margin: 1.2rem 0 }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; 
+  color: #222; background: #fafafa }
+section { background: #fff; border: 1px solid #ddd; border-radius: 8px; padding: 1rem 1.2rem;
+  margin: 1.2rem 0 }
 h1 { font-size: 1.4rem } h2 { font-size: 1rem; font-weight: 500; margin: 0 0 .8rem }
 ol { display: flex; flex-wrap: wrap; gap: .8rem; list-style: none; margin: 0; padding: 0 }
 li { width: 9rem; font-size: .8rem; overflow-wrap: anywhere }
@@ -69,12 +70,13 @@ def retrieval_page(answers: Sequence[Answer], thumbnails: Mapping[str, Image.Ima
             shown = f'<img alt="{name}" src="{embedded[path]}">' if path in embedded else "(not readable)"
             word = {"hit": " right", "miss": " wrong", "": ""}[kind]
             items.append(
-                f'<li class="{kind}"><figure>{shown}<figcaption><b>{place + 1}. {score:.4f}</b>{word}<br>{name}'
-                "</figcaption></figure></li>"
+                f'<li class="{kind}"><figure>{shown}<figcaption><b>{place + 1}. {score:.4f}</b>{word}<br>'
+                f"{name}</figcaption></figure></li>"
             )
         sections.append(f"<section><h2>{html.escape(answer.query)}</h2><ol>{''.join(items)}</ol></section>")
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f"<!doctype html><html lang=en><head>{head}</head><body><h1>{html.escape(title)}</h1>{''.join(sections)}"
+    body = f"<h1>{html.escape(title)}</h1>{''.join(sections)}"
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{body}"
 
 
 def _data_uri(picture: Image.Image) -> str:
@@ -136,8 +138,8 @@ class RetrievalWriter(Callback):
         side = next((name for name in self._sides if isinstance(outputs, dict) and name in outputs), None)
         if side is None or not {"features", "index"} <= outputs.keys():
             raise MisconfigurationException(
-                "RetrievalWriter needs a predict_step that returns `features`, `index`, and `path` of pictures "
-                "or `caption` of queries."
+                "RetrievalWriter needs a predict_step that returns `features`, `index`, and `path` of "
+                "pictures or `caption` of queries."
             )
         self._sides[side].append(
             {key: value.cpu() if isinstance(value, Tensor) else value for key, value in outputs.items()}
