@@ -1,4 +1,4 @@
-"""Answers to sentences: the best pictures of a gallery, as a page that needs no other file, and as a table."""
+"""Answers to sentences: the best pictures of a gallery, on a page that needs no other file, and in a table."""
 
 import base64
 import csv
@@ -21,7 +21,7 @@ from callbacks.writers.drawing import fit_into, open_picture
 from lightning_modules.parts.distributed import rows_of_all_ranks
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; 
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem;
   color: #222; background: #fafafa }
 section { background: #fff; border: 1px solid #ddd; border-radius: 8px; padding: 1rem 1.2rem;
   margin: 1.2rem 0 }

@@ -98,7 +98,8 @@ def _plain(look: Look, step: bool) -> str:
     pose = "walks with one leg before the other" if step else "stands still with both legs together"
     return (
         f"The picture shows a person on a street who is seen from the front. The hair is {look.hair} and it "
-        f"is {hair}. The upper body is covered by a {look.pattern} {look.top} shirt with sleeves that reach the "
+        f"is {hair}. The upper body is covered by a {look.pattern} {look.top} shirt with sleeves "
+        f"that reach the "
         f"wrists. Below it the person wears a {look.bottom} {bottom}. The person carries a {look.bag_colour} "
         f"{look.bag}, and {pose}, with both arms hanging down at the sides of the body. On the feet of this "
         f"person there is a pair of {look.shoes} shoes."
@@ -111,9 +112,11 @@ def _flowery(look: Look, step: bool) -> str:
     pose = "caught in the middle of a stride" if step else "waiting quietly on the spot"
     return (
         f"Here we have a pedestrian, {pose}, whose {look.hair} hair {hair} and frames the face. Dressed for "
-        f"the city, they have chosen a {look.top} top in a {look.pattern} fabric, long-sleeved and neatly fitted "
+        f"the city, they have chosen a {look.top} top in a {look.pattern} fabric, long-sleeved and "
+        f"neatly fitted "
         f"around the waist, and have matched it with {look.bottom} {bottom}. A {look.bag} in "
-        f"{look.bag_colour} goes along with the outfit and holds, one supposes, all the small things of the day. The look is "
+        f"{look.bag_colour} goes along with the outfit and holds, one supposes, all the small "
+        f"things of the day. The look is "
         f"finished, at the very bottom, by footwear whose colour is {look.shoes}."
     )
 

@@ -148,8 +148,10 @@ class Objective:
         return (itc(by_image, rows, tau) + itc(by_text, rows, tau)) / 2
 
     def _local(self, own: Sides, everyone: Sides, same: Tensor, rows: Tensor) -> Tensor:
-        assert own.fv is not None and own.ft is not None
-        assert everyone.fv is not None and everyone.ft is not None
+        assert own.fv is not None
+        assert own.ft is not None
+        assert everyone.fv is not None
+        assert everyone.ft is not None
         if self.settings.local_loss == "l2":
             return l2(own.fv, own.ft)
         by_image = local_similarity(own.fv, everyone.ft)
@@ -168,8 +170,10 @@ class Objective:
         positive = torch.arange(3 * count, device=counts.device) < count
         terms = {}
         if settings.match_weight and self.matcher is not None:
-            assert own.fv is not None and own.ft is not None
-            assert everyone.fv is not None and everyone.ft is not None
+            assert own.fv is not None
+            assert own.ft is not None
+            assert everyone.fv is not None
+            assert everyone.ft is not None
             logits = self.matcher(
                 torch.cat([own.fv, own.fv, everyone.fv[image]]),
                 torch.cat([own.ft, everyone.ft[text], own.ft]),

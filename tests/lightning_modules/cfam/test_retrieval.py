@@ -75,7 +75,7 @@ def test_a_query_without_image_is_refused_or_dropped(case):
     queries, query_ids, gallery, ids = case
     query_ids = query_ids.clone()
     query_ids[:2] = 77
-    with pytest.raises(ValueError, match="2 queries have no image .* identity 77"):
+    with pytest.raises(ValueError, match=r"2 queries have no image .* identity 77"):
         ranking_scores(queries, query_ids, gallery, ids)
     assert len(ranking_scores(queries, query_ids, gallery, ids, ignore_unmatched=True)["AP"]) == 16
 
