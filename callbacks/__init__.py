@@ -38,6 +38,7 @@ from callbacks.writers.classification import ClassificationWriter
 from callbacks.writers.detection import DetectionWriter
 from callbacks.writers.generated import GeneratedTextWriter
 from callbacks.writers.masks import MaskWriter
+from callbacks.writers.retrieval import RetrievalWriter
 from callbacks.writers.scores import ScoreWriter
 from callbacks.writers.submission import SubmissionWriter
 from callbacks.writers.text import TextWriter
@@ -84,6 +85,7 @@ __all__ = [
     "QuantizationCallback",
     "RankPruning",
     "Results",
+    "RetrievalWriter",
     "RigL",
     "RunCheckpoint",
     "RunLock",

@@ -10,6 +10,7 @@ from datamodules.glue import CorpusToTask, EntityDataModule, GlueDataModule
 from datamodules.imagenet import ImageFolderDataModule, ImageNetDataModule
 from datamodules.images import ImagesDataModule
 from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, hash_seed
+from datamodules.person_retrieval import CaptionTokenizer, PersonRetrievalDataModule
 from datamodules.reading import CorruptSampleError, read_image
 from datamodules.sa1b import InstancePromptsDataModule, SA1BDataModule
 from datamodules.sampling import IdentitySampler
@@ -19,6 +20,7 @@ from datamodules.transforms import PINNED, ImageTransforms
 __all__ = [
     "PINNED",
     "CIFAR100DataModule",
+    "CaptionTokenizer",
     "CocoDataModule",
     "CorpusToTask",
     "CorruptSampleError",
@@ -38,6 +40,7 @@ __all__ = [
     "ImageTransforms",
     "ImagesDataModule",
     "InstancePromptsDataModule",
+    "PersonRetrievalDataModule",
     "ResumableLoader",
     "SA1BDataModule",
     "SeededDataset",

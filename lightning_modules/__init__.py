@@ -1,6 +1,7 @@
 """One room a method: networks, losses and the LightningModules that train them."""
 
 from lightning_modules.base import Method
+from lightning_modules.cfam import CFAM, WarmupCosine
 from lightning_modules.classification import ImageClassifier
 from lightning_modules.deco import Deco, DecoDetector, DecoPlus, FocalCriterion, VarifocalCriterion
 from lightning_modules.dfkd_t3 import (
@@ -26,6 +27,7 @@ from lightning_modules.text_classifier import TextClassifier
 from lightning_modules.tinysam import TinySAMModule
 
 __all__ = [
+    "CFAM",
     "CNNDetector",
     "CausalLanguageModel",
     "DataFreeDistillation",
@@ -48,5 +50,6 @@ __all__ = [
     "TextModel",
     "TinySAMModule",
     "VarifocalCriterion",
+    "WarmupCosine",
     "WarmupSchedule",
 ]

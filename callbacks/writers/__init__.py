@@ -4,6 +4,7 @@ from callbacks.writers.base import PredictionWriter
 from callbacks.writers.classification import ClassificationWriter
 from callbacks.writers.detection import DetectionWriter
 from callbacks.writers.masks import MaskWriter
+from callbacks.writers.retrieval import RetrievalWriter
 from callbacks.writers.scores import ScoreWriter
 from callbacks.writers.text import TextWriter
 
@@ -12,6 +13,7 @@ __all__ = [
     "DetectionWriter",
     "MaskWriter",
     "PredictionWriter",
+    "RetrievalWriter",
     "ScoreWriter",
     "TextWriter",
 ]
