@@ -10,6 +10,7 @@ import io
 import re
 from pathlib import Path
 
+import open_clip
 import pytest
 import timm
 import yaml
@@ -38,6 +39,8 @@ def _no_downloads(monkeypatch):
         "create_model",
         lambda *a, pretrained=False, **k: create(*a, **k),
     )
+    clip = open_clip.create_model
+    monkeypatch.setattr(open_clip, "create_model", lambda *a, pretrained=None, **k: clip(*a, **k))
 
 
 def instantiate(*arguments, trainer=True):

@@ -106,6 +106,8 @@ PRIVATE = (
             "lightning_modules/deco/module.py",
             "lightning_modules/dfkd_t3/module.py",
             "lightning_modules/gendet/module.py",
+            "lightning_modules/cfam/module.py",
+            "lightning_modules/lightclip/module.py",
             "lightning_modules/tinysam/module.py",
         ),
         "scoring and loading without a Trainer",

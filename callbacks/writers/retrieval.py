@@ -1,4 +1,4 @@
-"""Answers to sentences: the best pictures of a gallery, on a page that needs no other file, and in a table."""
+"""Answers to sentences: the best pictures of a gallery, on a page without other files, and in a table."""
 
 import base64
 import csv
@@ -91,7 +91,7 @@ def write_table(path: Path, answers: Sequence[Answer]) -> None:
         table = csv.writer(file)
         table.writerow(["query", "rank", "score", "path", "relevant"])
         for answer in answers:
-            known = answer.relevant or [""] * len(answer.paths)
+            known: Sequence[bool | str] = answer.relevant or [""] * len(answer.paths)
             rows = zip(answer.scores, answer.paths, known, strict=True)
             for rank, (score, name, right) in enumerate(rows, 1):
                 table.writerow(cells([answer.query, rank, f"{score:.6f}", name, right]))

@@ -316,9 +316,8 @@ class PersonRetrievalDataModule(DataModule):
     def _announce(self, split: str, persons: list[Person]) -> None:
         found = numbers(persons)
         expected = LAYOUTS[self.dataset].counts.get(split)
-        note = (
-            "" if expected in (None, found) else f" (published: {expected[0]}, {expected[1]}, {expected[2]})"
-        )  # type: ignore[index]
+        known = expected is None or expected == found
+        note = "" if known else f" (published: {', '.join(map(str, expected or ()))})"
         rank_zero_info(
             f"{self.dataset}, {split}: {found[0]} identities, {found[1]} images, {found[2]} captions{note}."
         )

@@ -5,7 +5,7 @@ Identities come in pairs that differ in one detail alone, which both captions na
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -54,7 +54,8 @@ def write_pedestrians(target: Path, identities: int) -> None:
 def _write(folder: Path, identities: int) -> None:
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
-    records, looks = [], _looks(identities, rng)
+    records: list[dict[str, Any]] = []
+    looks = _looks(identities, rng)
     first_test = identities - max(2, identities // 4 // 2 * 2)
     for number, look in enumerate(looks):
         for _ in range(3):

@@ -73,6 +73,9 @@ class CFAM(Method):
 
     inference = InferenceSpec(outputs=("image_features", "text_features"), unit="images")
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         model: str | dict[str, Any] = "ViT-B-16",
@@ -148,6 +151,10 @@ class CFAM(Method):
         if data is None:
             raise MisconfigurationException(
                 "CFAM: num_classes: the data do not say how many identities they have; give it."
+            )
+        if data.num_classes is None:
+            raise MisconfigurationException(
+                "CFAM: num_classes: the data do not know their identities; give it."
             )
         self._build_heads(data.num_classes)
 
@@ -254,7 +261,7 @@ class CFAM(Method):
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Collect features of the gallery or of the queries."""
         found = self._encode(batch)
-        side = "gallery" if "image" in batch else "queries"
+        side: Literal["gallery", "queries"] = "gallery" if "image" in batch else "queries"
         self.retrieval.update(side, found["features"], batch["identity"], batch["index"])
         return found
 
@@ -277,7 +284,8 @@ class CFAM(Method):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """`features` and `index` of gallery images (`path`) or of queries (`caption`)."""
-        extra = {key: batch[key] for key in ("path", "caption", "identity") if key in batch}
+        names = ("path", "caption", "identity")
+        extra: dict[str, Any] = {key: batch[key] for key in names if key in batch}
         return {**self._encode(batch), "index": batch["index"], **extra}
 
     def parameter_groups(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:

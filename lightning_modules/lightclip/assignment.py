@@ -56,14 +56,16 @@ class _Paths:
         self.seen = torch.zeros(count, columns, dtype=torch.bool, device=device)
         self.reached = cost.new_zeros(count)
         self.sink = torch.full((count,), -1, device=device)
+        self.root = self.row = torch.zeros(count, dtype=torch.int64, device=device)
+        self.active = torch.zeros(count, dtype=torch.bool, device=device)
         self._begin(torch.ones(count, dtype=torch.bool, device=device))
 
     def _begin(self, fresh: Tensor) -> None:
         free = self.valid & (self.column_of < 0)
         has, row = free.max(1)
-        self.root = torch.where(fresh, row, self.root) if hasattr(self, "root") else row
-        self.row = torch.where(fresh, row, self.row) if hasattr(self, "row") else row
-        self.active = torch.where(fresh, has, self.active) if hasattr(self, "active") else has
+        self.root = torch.where(fresh, row, self.root)
+        self.row = torch.where(fresh, row, self.row)
+        self.active = torch.where(fresh, has, self.active)
         self.distance.masked_fill_(fresh.unsqueeze(1), torch.inf)
         self.seen.masked_fill_(fresh.unsqueeze(1), False)
         self.reached.masked_fill_(fresh, 0)

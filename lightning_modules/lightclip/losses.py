@@ -122,6 +122,8 @@ def instance_loss(
             for value in (image, text, all_image, all_text)
         ]
         v, t, all_v, all_t = widened
+        assert v is not None
+        assert t is not None
         labels = torch.arange(len(image), device=image.device) + offset
         both = []
         for rows, columns in ((v, t if all_t is None else all_t), (t, v if all_v is None else all_v)):

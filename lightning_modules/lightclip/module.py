@@ -127,7 +127,8 @@ class LightCLIP(Method):
 
     def losses(self, outputs: dict[str, Tensor], batch: dict[str, Any]) -> Terms:
         """`instance` against all ranks, `token` and `masked` of this one; weighted."""
-        net, terms = self.network, {}
+        net = self.network
+        terms: dict[str, Any] = {}
         if self.w_ins:
             v, t = (F.normalize(outputs[f"{side}_features"].float(), dim=-1) for side in ("image", "text"))
             scale = net.logit_scale.exp().clamp(max=100)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -19,7 +19,7 @@ TRAINING_ONLY = ("token_align.", "fusion.", "mlm.")
 """Prefixes of what inference does not need."""
 POOLED = 7  # sides of the map that a fusion block looks at
 SWIN_NANO = "swin_nano_patch4_window7_224"
-SWIN_ARGUMENTS = {
+SWIN_ARGUMENTS: dict[str, Any] = {
     "embed_dim": 48,
     "depths": (2, 2, 6, 2),
     "num_heads": (3, 6, 12, 24),
@@ -63,7 +63,7 @@ class ImageTower(nn.Module):
 
     def __init__(self, trunk: nn.Module, width: int, image_size: int) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk: Any = trunk
         mode = trunk.training
         with torch.no_grad():
             maps = self.eval().maps(torch.zeros(1, 3, image_size, image_size))
@@ -75,7 +75,8 @@ class ImageTower(nn.Module):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Four maps (batch, channels, height, width); the last is the final one of the trunk."""
-        final, stages = self.trunk.forward_intermediates(images, indices=4, output_fmt="NCHW")
+        trunk: Any = self.trunk
+        final, stages = trunk.forward_intermediates(images, indices=4, output_fmt="NCHW")
         if (
             final.ndim == 4
             and final.shape[1] != stages[-1].shape[1]
@@ -90,7 +91,8 @@ class ImageTower(nn.Module):
 
     def project(self, final: Tensor) -> Tensor:
         """(batch, width) of the final map."""
-        return self.head.proj(final.mean((2, 3)))
+        head: Any = self.head
+        return head.proj(final.mean((2, 3)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Embedding (batch, width) of normalised images (batch, 3, height, width)."""
@@ -133,7 +135,7 @@ class FusionBlocks(nn.Module):
         size = min(picture.shape[2], POOLED), min(picture.shape[3], POOLED)
         keys = F.adaptive_avg_pool2d(picture, size).flatten(2).transpose(1, 2)
         keys = self.image_proj[stage](keys)
-        block = self.blocks[stage]
+        block: Any = self.blocks[stage]
         keys = block.ln_1_kv(keys)
         text = text + block.attn(block.ln_1(text), keys, keys, need_weights=False)[0]
         return text + block.mlp(block.ln_2(text))

@@ -96,7 +96,11 @@ class _Cached(torch.autograd.Function):
 @contextmanager
 def _statistics_stand_still(module: nn.Module) -> Iterator[None]:
     """Running statistics keep their values in the pass that is repeated."""
-    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        part
+        for part in module.modules()
+        if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
+    ]
     kept = [(part.running_mean, part.running_var, part.num_batches_tracked) for part in norms]
     for part in norms:
         for name in ("running_mean", "running_var", "num_batches_tracked"):
