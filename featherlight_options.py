@@ -284,7 +284,8 @@ def _hint(sentence: str, options: Sequence[str]) -> str:
 
 
 def _near(word: str, known: Iterable[str], prefix: str = "") -> str:
-    found = difflib.get_close_matches(word, sorted(set(known)), n=3, cutoff=0.6)
+    names = sorted(set(known))
+    found = difflib.get_close_matches(word, names, n=3, cutoff=0.9) or difflib.get_close_matches(word, names)
     return f" (did you mean {' or '.join(f'{prefix}{name}' for name in found)}?)" if found else ""
 
 
