@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from torch.utils.data import DataLoader, Dataset
 
 from tests.hermetic import CheckoutGuard
+from tests.prepared import Prepared
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -109,29 +110,56 @@ def trainer(tmp_path):
     return make
 
 
-@pytest.fixture
-def featherlight(tmp_path):
-    """Run the command in a process of its own, in `tmp_path`; `tests/probes.py` can be imported there.
+SCRIPT = Path(sys.executable).with_name("featherlight")
 
-    The installed `featherlight` script where there is one, as a user types it.
+
+@pytest.fixture(scope="session")
+def prepared():
+    """What forks for the calls of the command, see `tests.prepared`."""
+    process = Prepared(SCRIPT)
+    yield process
+    process.close()
+
+
+def environment() -> dict[str, str]:
+    """Of a call: `tests/probes.py` can be imported there."""
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"}
+
+
+@pytest.fixture(scope="session")
+def call(prepared, tmp_path_factory):
+    """Run the command in a process of its own, in the folder `cwd`; `status` is what it must end with.
+
+    `script: true` starts the installed `featherlight`, as a user types it, where there is one.
     """
-    script = Path(sys.executable).with_name("featherlight")
-    command = [str(script)] if script.exists() else [sys.executable, "-m", "featherlight"]
+    folder = tmp_path_factory.mktemp("output")
+    command = [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, "-m", "featherlight"]
 
-    def call(*arguments, status: int | None = 0, cwd: Path = tmp_path) -> subprocess.CompletedProcess:
-        paths = os.pathsep.join(
-            [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
-        )
-        done = subprocess.run(
-            [*command, *map(str, arguments)],
-            cwd=cwd,
-            env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+    def run(
+        *arguments, cwd: Path, status: int | None = 0, script: bool = False
+    ) -> subprocess.CompletedProcess:
+        words = [*map(str, arguments)]
+        if script:
+            done = subprocess.run(
+                [*command, *words], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240
+            )
+        else:
+            out, err = folder / "out", folder / "err"
+            code = prepared.start(words, cwd, environment(), out, err).wait(240)
+            done = subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
         if status is not None:
             assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
         return done
 
-    return call
+    return run
+
+
+@pytest.fixture
+def featherlight(call, tmp_path):
+    """`call` in `tmp_path`."""
+
+    def run(*arguments, cwd: Path = tmp_path, **options) -> subprocess.CompletedProcess:
+        return call(*arguments, cwd=cwd, **options)
+
+    return run

@@ -63,7 +63,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_all_four_commands_on_one_recipe(featherlight, recipe, tmp_path):
-    featherlight("fit", "--config", recipe)
+    featherlight("fit", "--config", recipe, script=True)
     run = tmp_path / "runs" / "recipe"
     assert (run / "checkpoints" / "last.ckpt").is_file()
     saved = yaml.safe_load((run / "config_fit.yaml").read_text())

@@ -59,12 +59,10 @@ def assert_same(first, second):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(call, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     (folder / "recipe.yaml").write_text(RECIPE)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "featherlight", "fit", "--config", "recipe.yaml"]
-    subprocess.run([*command, "--trainer.default_root_dir", "run"], cwd=folder, env=environment, check=True)
+    call("fit", "--config", "recipe.yaml", "--trainer.default_root_dir", "run", cwd=folder)
     return final(folder / "run")
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from callbacks.measure.efficiency import state_dict_bytes
 from callbacks.run.directory import announce, run_directory, synchronise, synchronise_entry
+from lightning_modules.parts.contracts import HasInferenceParts, optional
 from lightning_modules.parts.frozen import evaluating
 from lightning_modules.parts.inference import (
     InferencePath,
@@ -28,7 +29,6 @@ from lightning_modules.parts.inference import (
     inputs_of,
     named_inputs,
     named_outputs,
-    repeat_to,
     spec_of,
 )
 from lightning_modules.parts.strategies import is_sharded
@@ -43,7 +43,8 @@ class ONNXExport(Callback):
     normalisation: the input of an image method is `images`, float32 (batch, 3, height, width) in [0, 1], of
     the height and width of the first batch. Weights that were pruned are zeros in the file. The file appears
     in the run directory only if it passed the comparison, at the exported batch size of two, at one and
-    three, and at half of every other free size.
+    three, and at half of every other free size. What a module deploys beside its path (the decoder of a
+    segmenter) has a file of its own, `<stem>_<part>.onnx`, see `HasInferenceParts`.
 
     Args:
         when: after `test`, or after `fit` (the last weights then, not the best checkpoint's).
@@ -151,9 +152,25 @@ class ONNXExport(Callback):
                     self._report = export_onnx(
                         InferencePath(module), self._inputs, path, self.tolerance, self.opset, spec
                     )
+                    if (owner := optional(module, HasInferenceParts)) is not None:
+                        self._report["parts"] = self._export_parts(owner, path)
                 finally:
                     module.to(device)
         trainer.strategy.barrier("ONNXExport")
+
+    def _export_parts(self, owner: HasInferenceParts, path: Path) -> dict[str, Any]:
+        """`<stem>_<part>.onnx` beside the path's file, for each part."""
+        return {
+            name: export_onnx(
+                part.network,
+                part.inputs,
+                path.with_stem(f"{path.stem}_{name}"),
+                self.tolerance,
+                self.opset,
+                part.spec,
+            )
+            for name, part in owner.inference_parts(self._inputs).items()
+        }
 
 
 def export_onnx(
@@ -192,7 +209,7 @@ def export_onnx(
     inputs = named_inputs(inputs)
     batches = _batches(inputs, spec)
     _check_free_sizes(network, batches)
-    program = _traced(network, {name: repeat_to(tensor, 2) for name, tensor in inputs.items()}, opset, spec)
+    program = _traced(network, spec.rows(inputs, 2), opset, spec)
     large = state_dict_bytes(network) > PROTOBUF_LIMIT
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as directory:
         # weights beside the graph get a name of their own: an older pair stays whole until the new one is
@@ -236,7 +253,7 @@ def _put_in_place(unfinished: Path, path: Path) -> int:
 
 def _batches(inputs: Mapping[str, Tensor], spec: InferenceSpec) -> list[tuple[Tensor, ...]]:
     """What is compared: three batch sizes, and shorter inputs along every free axis."""
-    batches = [tuple(repeat_to(tensor, count) for tensor in inputs.values()) for count in (1, 2, 3)]
+    batches = [tuple(spec.rows(inputs, count).values()) for count in (1, 2, 3)]
     free = {axis for name in inputs for axis in spec.axes(name).values()} - {"batch"}
     for wanted in sorted(free):
         shorter = dict(inputs)

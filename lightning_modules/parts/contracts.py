@@ -232,6 +232,13 @@ class HasInference(Protocol):
 
 
 @runtime_checkable
+class HasInferenceParts(Protocol):
+    """Networks that are deployed beside the inference path: `{name: InferencePart}` of its inputs."""
+
+    def inference_parts(self, inputs: Any) -> Any: ...
+
+
+@runtime_checkable
 class HasTokenizer(Protocol):
     """The tokenizer of transformers that belongs to the model; text data ask for it too."""
 

@@ -31,6 +31,7 @@ class InferenceSpec:
         free_dimensions: `{input: {axis: name}}` of sizes that may be another at inference than in the
             example; axis 0 is always free, and called `batch`.
         arguments: of the network's forward pass, beside the inputs.
+        shared: inputs that all rows of a batch have in common; their axis 0 is not free.
     """
 
     outputs: tuple[str, ...] = ("output",)
@@ -38,6 +39,7 @@ class InferenceSpec:
     unit_axes: tuple[int, ...] = (0,)
     free_dimensions: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    shared: tuple[str, ...] = ()
 
     def units(self, inputs: Mapping[str, Tensor]) -> int:
         """Units in a batch of inputs."""
@@ -46,7 +48,27 @@ class InferenceSpec:
 
     def axes(self, name: str) -> dict[int, str]:
         """The free axes of an input and their names."""
-        return {0: "batch", **self.free_dimensions.get(name, {})}
+        rows = {} if name in self.shared else {0: "batch"}
+        return {**rows, **self.free_dimensions.get(name, {})}
+
+    def rows(self, inputs: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+        """Inputs of `count` rows, going round as often as needed."""
+        return {n: x if n in self.shared else repeat_to(x, count) for n, x in inputs.items()}
+
+
+@dataclass(frozen=True)
+class InferencePart:
+    """A network that is deployed beside the inference path, such as the decoder that an encoder feeds.
+
+    Attributes:
+        network: in the module's own weights.
+        inputs: an example, by name.
+        spec: as of the path.
+    """
+
+    network: nn.Module
+    inputs: Mapping[str, Tensor]
+    spec: InferenceSpec
 
 
 CLASSIFIER = InferenceSpec(outputs=("logits",), unit="images")

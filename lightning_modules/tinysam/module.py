@@ -1,5 +1,6 @@
 """TinySAMModule: trains, tests and runs a promptable segmenter."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +11,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_modules.base import Method, Terms
-from lightning_modules.parts.inference import InferenceSpec
+from lightning_modules.parts.inference import InferencePart, InferenceSpec
 from lightning_modules.parts.normalize import normalized, register_normalization
 from lightning_modules.parts.reproducibility import derived_seed, run_seed
-from lightning_modules.tinysam.frame import MEAN, STD, framed, inside
+from lightning_modules.tinysam.deploy import decoder_part
+from lightning_modules.tinysam.frame import MEAN, STD, inside
 from lightning_modules.tinysam.losses import Reduction, iou_loss, mask_loss, reduced
 from lightning_modules.tinysam.network import SAM, load_sam
 from lightning_modules.tinysam.prompts import STRIDE, Prompts, decode_prompts, hard_points, noisy_boxes
@@ -122,10 +124,15 @@ class TinySAMModule(Method):
             images: (batch, 3, side, side) in [0, 1].
             size: (batch, 2), height and width of the pictures in them; the rest is padding. None: all of it.
         """
-        if size is None:
-            return self.network.image_encoder(self.normalize(images))
-        picture = inside(size, images.shape[-1])
-        return self.network.image_encoder(framed(images, picture, self.mean, self.std))
+        return self.network(self.normalize(images), size)
+
+    def inference_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """`images` in the frame, and the `size` of the pictures in them."""
+        return {"images": batch["image"], "size": batch["size"]}
+
+    def inference_parts(self, inputs: Mapping[str, Tensor]) -> dict[str, InferencePart]:
+        """The decoder, with SAM's inputs and outputs: see `PromptedDecoder`."""
+        return {"decoder": decoder_part(self.network, self(*inputs.values()))}
 
     # Training
 
@@ -205,21 +212,13 @@ class TinySAMModule(Method):
         """Begin with no picture."""
         self._measured.reset()
 
-    def on_test_epoch_start(self) -> None:
-        """Begin with no picture."""
-        self._measured.reset()
+    on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Terms:
         """Measure the batch's pictures by the protocol."""
-        return self._measure(batch)
+        return self._measured.update(self.network, self(batch["image"], batch["size"]), batch)
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Terms:
-        """Measure the batch's pictures by the protocol."""
-        return self._measure(batch)
-
-    def _measure(self, batch: dict[str, Any]) -> Terms:
-        embedding = self(batch["image"], batch["size"])
-        return self._measured.update(self.network, embedding, batch)
+    test_step = validation_step
 
     @torch.no_grad()
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:

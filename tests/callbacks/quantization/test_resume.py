@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from safetensors.torch import load_file
 
 from callbacks import CBQ, Preemption
 from callbacks.quantization.reconstruction import Reconstruction
+from tests.conftest import environment
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -32,23 +31,14 @@ def command(folder: Path) -> list[str]:
     recipe = (REPOSITORY / "configs/cbq/quickstart.yaml").read_text()
     config.write_text(recipe.partition("    - class_path: TextWriter")[0])
     flat = [str(part) for pair in options.items() for part in pair]
-    return [sys.executable, "-m", "featherlight", "test", "--config", str(config), *flat]
+    return ["test", "--config", str(config), *flat]
 
 
-def started(folder: Path) -> subprocess.Popen:
-    folder.mkdir()
-    return subprocess.Popen(
-        command(folder),
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.DEVNULL,
-        stderr=(folder / "errors").open("w"),
-    )
-
-
-def test_a_run_that_is_killed_goes_on(tmp_path):
+def test_a_run_that_is_killed_goes_on(call, prepared, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = started(killed)
+    for folder in (whole, killed):
+        folder.mkdir()
+    process = prepared.start(command(killed), killed, environment(), killed / "output", killed / "errors")
     progress = killed / "run" / "cbq_progress.pt"
     deadline = time.monotonic() + 120
     while not progress.is_file():
@@ -56,13 +46,12 @@ def test_a_run_that_is_killed_goes_on(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert process.wait(10) == -signal.SIGKILL
     assert torch.load(progress, weights_only=True)["windows"] in (1, 2)
     assert not (killed / "run" / "dense").exists()
 
-    again = subprocess.run(command(killed), cwd=killed, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    assert again.returncode == 0
-    assert started(whole).wait(timeout=200) == 0, (whole / "errors").read_text()[-3000:]
+    for folder in (killed, whole):
+        call(*command(folder), cwd=folder)
     found, wanted = (load_file(folder / "run" / "dense" / "model.safetensors") for folder in (killed, whole))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(value, wanted[name]) for name, value in found.items())

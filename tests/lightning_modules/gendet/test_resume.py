@@ -58,10 +58,6 @@ RECIPE = {
 }
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "featherlight", *arguments]
-
-
 def environment():
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
@@ -72,11 +68,10 @@ def final(folder):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(call, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gendet")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    run = command("fit", "--config", "recipe.yaml", "--trainer.default_root_dir", "whole")
-    subprocess.run(run, cwd=folder, env=environment(), check=True, capture_output=True)
+    call("fit", "--config", "recipe.yaml", "--trainer.default_root_dir", "whole", cwd=folder)
     return folder
 
 

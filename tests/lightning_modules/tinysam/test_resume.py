@@ -71,12 +71,10 @@ def final(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(call, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tinysam")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    command = [sys.executable, "-m", "featherlight", "fit", "--config", "recipe.yaml"]
-    command += ["--trainer.default_root_dir", "whole"]
-    subprocess.run(command, cwd=folder, env=environment(), check=True, capture_output=True)
+    call("fit", "--config", "recipe.yaml", "--trainer.default_root_dir", "whole", cwd=folder)
     return folder
 
 
