@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from common import clock, forget_peak, in_own_process, interleaved, peak_mebibytes, ratios, write_numbers
 from torch import Tensor
 
-from lightning_modules.dfkd_t3 import GeneratorObjective, embed_tokens
+from lightning_modules.dfkd_t3 import GeneratorObjective
+from lightning_modules.dfkd_t3.bridge import embed_and_pass
 from lightning_modules.dfkd_t3.losses import negative_entropy
 
 Step = Callable[[], Tensor]
@@ -53,8 +54,11 @@ def steps(options: argparse.Namespace) -> dict[str, Step]:
         scores = logits + noise
         pi, ids = scores.softmax(dim=-1), scores.detach().argmax(dim=-1)
         del scores
-        loss = loss_of(pi, [embed_tokens(pi, ids, weight) for weight in embeddings])
-        return torch.autograd.grad(loss, logits)[0]
+        embedded = []
+        for weight in embeddings:
+            value, pi = embed_and_pass(pi, ids, weight)
+            embedded.append(value)
+        return torch.autograd.grad(loss_of(pi, embedded), logits)[0]
 
     def product() -> Tensor:
         pi = (logits + noise).softmax(dim=-1)

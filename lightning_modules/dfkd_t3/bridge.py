@@ -81,18 +81,31 @@ def gumbel_noise(like: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """One-hot times embedding as a lookup; the product's gradient with respect to the relaxed tokens."""
+    """One-hot times embedding as a lookup; the product's gradient with respect to the relaxed tokens.
+
+    Gives the tokens back as a second output: what else reads them reads these, so that the backward pass adds
+    the gradients up product by product instead of holding one of the size of the vocabulary for each reader.
+    """
 
     @staticmethod
-    def forward(ctx: Any, probabilities: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, probabilities: Tensor, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(weight)
+        ctx.set_materialize_grads(False)
         ctx.dtype = probabilities.dtype
-        return weight[ids]
+        return weight[ids], probabilities.view_as(probabilities)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
         (weight,) = ctx.saved_tensors
-        return (gradients[0].to(weight.dtype) @ weight.T).to(ctx.dtype), None, None
+        embedded, others = gradients
+        if embedded is None:
+            return others, None, None
+        rows = embedded.to(weight.dtype).flatten(0, -2)
+        if others is None:
+            found = rows @ weight.T
+        else:
+            found = torch.addmm(others.to(weight.dtype).flatten(0, -2), rows, weight.T)
+        return found.unflatten(0, embedded.shape[:-1]).to(ctx.dtype), None, None
 
 
 def embed_tokens(
@@ -110,10 +123,18 @@ def embed_tokens(
         weight: E (V, d).
         estimator: see `Relaxation`.
     """
+    return embed_and_pass(probabilities, ids, weight, estimator)[0]
+
+
+def embed_and_pass(
+    probabilities: Tensor, ids: Tensor, weight: Tensor, estimator: Estimator = "straight_through"
+) -> tuple[Tensor, Tensor]:
+    """`embed_tokens`, and pi for whoever reads it next: the same values, but less memory backward."""
     weight = weight.detach()
     if estimator == "soft":
-        return probabilities.to(weight.dtype) @ weight
-    return _StraightThrough.apply(probabilities, ids, weight)
+        return probabilities.to(weight.dtype) @ weight, probabilities
+    embedded, passed = _StraightThrough.apply(probabilities, ids, weight)
+    return embedded, passed if torch.is_grad_enabled() else probabilities
 
 
 def end_mask(ids: Tensor, end: int | None) -> Tensor:
@@ -176,7 +197,9 @@ class SoftTokenBridge:
         if text.probabilities is None:
             embedded = self.weight[text.ids]
         else:
-            embedded = embed_tokens(text.probabilities, text.ids, self.weight, self.estimator)
+            embedded, text.probabilities = embed_and_pass(
+                text.probabilities, text.ids, self.weight, self.estimator
+            )
         embedded = torch.where(text.mask.unsqueeze(-1), embedded, self.weight[self.pad])
         prefix = self.weight[self.prefix].expand(len(text), -1, -1)
         ones = text.mask.new_ones(len(text), len(self.prefix))

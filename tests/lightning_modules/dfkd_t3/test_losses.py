@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from lightning_modules.dfkd_t3 import GeneratorObjective, Relaxation, WrittenText, embed_tokens
+from lightning_modules.dfkd_t3 import (
+    GeneratorObjective,
+    Relaxation,
+    SoftTokenBridge,
+    WrittenText,
+    embed_tokens,
+)
 from lightning_modules.dfkd_t3.bridge import end_mask
 from lightning_modules.dfkd_t3.losses import (
     divergence,
@@ -98,3 +104,27 @@ def test_temperature_goes_geometrically():
 def test_bad_relaxations(options, message):
     with pytest.raises(ValueError, match=message):
         Relaxation(**options)
+
+
+def test_two_readers_and_the_diversity_add_up_to_the_gradient_of_the_product():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(7, width, dtype=torch.float64) for width in (4, 5)]
+    pi, ids = logits.softmax(-1), logits.argmax(-1)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    prefix = torch.empty(0, dtype=torch.int64)
+
+    def loss(embedded, tokens):
+        return sum(value.sin().sum() for value in embedded) + tokens.square().sum()
+
+    text = WrittenText(ids, mask, pi)
+    embedded = [SoftTokenBridge(weight, prefix, 0)(text)[0] for weight in weights]
+    (ours,) = torch.autograd.grad(loss(embedded, text.probabilities), logits)
+    pi = logits.softmax(-1)
+    tokens = torch.nn.functional.one_hot(ids, 7) + pi - pi.detach()
+    (theirs,) = torch.autograd.grad(loss([tokens @ weight for weight in weights], pi), logits)
+    torch.testing.assert_close(ours, theirs)
+    text = WrittenText(ids, mask, logits.softmax(-1))
+    with torch.no_grad():  # a reader without a graph does not cut the tokens off
+        SoftTokenBridge(weights[0], prefix, 0)(text)
+    assert text.probabilities.requires_grad
