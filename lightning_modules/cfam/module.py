@@ -277,9 +277,8 @@ class CFAM(Method):
 
     def _log(self, split: str) -> None:
         self.retrieval.ignore_unmatched = self.trainer.sanity_checking
-        if self.retrieval.ready:
-            values = self.retrieval.compute()
-            self.log_dict({f"{split}/{name}": value for name, value in values.items()}, sync_dist=False)
+        values = self.retrieval.compute()
+        self.log_dict({f"{split}/{name}": value for name, value in values.items()}, sync_dist=False)
         self.retrieval.reset()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
