@@ -12,6 +12,7 @@ from datamodules.base import DataModule, Split, TransformImage
 from datamodules.loading import EpochSampler, hash_seed
 from datamodules.person_retrieval.captions import CaptionTokenizer
 from datamodules.person_retrieval.datasets import GalleryDataset, PairDataset, QueryDataset
+from datamodules.person_retrieval.gallery import SHARD_BYTES, IndexedGallery, open_index
 from datamodules.person_retrieval.layouts import (
     LAYOUTS,
     Name,
@@ -47,6 +48,8 @@ class PersonRetrievalDataModule(DataModule):
         val_id_fraction: of the training identities that are held out.
         allow_overlap: accept identities that are trained and evaluated on.
         gallery: folder of pictures to predict on; null is the test gallery.
+        index: folder of the gallery's vectors: computed once, by the weights that predict, and read from
+            there afterwards; null computes them in every ``predict``.
         query: a sentence to predict with.
         queries: file with a sentence a line; null with no ``query`` is the test queries.
         sample_identities: that ``sample: true`` draws; a quarter of them to test on.
@@ -70,6 +73,7 @@ class PersonRetrievalDataModule(DataModule):
         val_id_fraction: float = 0.05,
         allow_overlap: bool = False,
         gallery: Path | None = None,
+        index: Path | None = None,
         query: str | None = None,
         queries: Path | None = None,
         sample_identities: int = 40,
@@ -91,7 +95,8 @@ class PersonRetrievalDataModule(DataModule):
         self.val_source = val_source
         self.val_id_fraction = val_id_fraction
         self.allow_overlap = allow_overlap
-        self.gallery, self.query, self.queries = gallery, query, queries
+        self.gallery, self.index, self.query, self.queries = gallery, index, query, queries
+        self._indexed: IndexedGallery | None = None
         self.sample_identities = sample_identities
         self._num_classes: int | None = None
 
@@ -225,8 +230,34 @@ class PersonRetrievalDataModule(DataModule):
                 raise DataError(f"{where}: it is empty, expected a sentence.")
             self.datasets["predict_queries"] = QueryDataset(captions, self._tokens("queries", captions), None)
 
+    def predict_dataloader(self) -> Any:
+        """Gallery and queries; of an indexed gallery the queries alone.
+
+        Raises:
+            MisconfigurationException: the module cannot make an index, or other weights made this one.
+        """
+        if self.index is None:
+            return super().predict_dataloader()
+        module = None if self.trainer is None else self.trainer.lightning_module
+        encoder = getattr(module, "gallery_encoder", None)
+        if encoder is None:
+            raise MisconfigurationException(
+                f"index: {type(module).__name__} has no gallery_encoder to make it by; set index: null."
+            )
+        cache = self.feature_cache(self.index, encoder, shard_bytes=SHARD_BYTES)
+        gallery = self.datasets["predict_gallery"]
+        assert isinstance(gallery, GalleryDataset)
+        self._indexed = open_index(self.index, cache, gallery, self.transforms)
+        return self.loader("predict", "predict_queries")
+
+    def indexed_gallery(self) -> IndexedGallery | None:
+        """What is searched in a prediction, where it is indexed."""
+        return self._indexed
+
     def parts(self, split: Split) -> Sequence[str]:
-        """Gallery and queries, but for training."""
+        """Gallery and queries, but for training, and for predictions on an indexed gallery."""
+        if split == "predict" and self.index is not None:
+            return ("predict_queries",)
         return (split,) if split == "train" else (f"{split}_gallery", f"{split}_queries")
 
     def transform(self, split: Split) -> Callable[[Any], Any] | None:

@@ -3,7 +3,7 @@
 CFAM's section 4.3 defines them. Each value is exact; queries are taken in chunks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -261,3 +261,21 @@ def _released(similarity: Tensor, rank: Tensor, valid: Tensor, normalize: bool) 
     places = (rank - 1).where(valid, 0)
     sums = own.cumsum(dim=1).gather(1, places)
     return _distribution(own.gather(1, places), sums, own.sum(dim=1), valid, own.shape[1])
+
+
+@torch.no_grad()
+def best_matches(queries: Tensor, chunks: Iterable[tuple[Tensor, Tensor]], top: int) -> tuple[Tensor, Tensor]:
+    """Scores (Q, at most top) and places of the best of a gallery that comes in parts; ties by place.
+
+    Args:
+        queries: (Q, width).
+        chunks: places (n,) in ascending order and vectors (n, width) of the gallery.
+        top: most to give of a query.
+    """
+    best, found = queries.new_empty(len(queries), 0), queries.new_empty((len(queries), 0), dtype=torch.int64)
+    for places, vectors in chunks:
+        best = torch.cat([best, queries @ vectors.T], dim=1)
+        found = torch.cat([found, places.expand(len(queries), -1)], dim=1)
+        best, order = best.sort(dim=1, descending=True, stable=True)
+        best, found = best[:, :top], found.gather(1, order[:, :top])
+    return best, found
