@@ -17,6 +17,7 @@ from datamodules.person_retrieval.layouts import (
     LAYOUTS,
     Name,
     Person,
+    annotation_file,
     numbers,
     read_annotations,
     refuse_missing,
@@ -128,24 +129,24 @@ class PersonRetrievalDataModule(DataModule):
             raise ValueError("dataset: ufine3c is for tests only: train on another data set.")
         if stage == "predict" and self.gallery is not None and (self.query or self.queries):
             return self._set_up_own()
-        records = read_annotations(self.root, self.dataset)
+        records, file = read_annotations(self.root, self.dataset), annotation_file(self.root, self.dataset)
         splits = {split: found for split, found in records.items() if found}
         train, val = splits.get("train", []), splits.get("val")
         if not self.allow_overlap:
             for split in ("val", "test"):
-                refuse_overlap(split, splits.get(split, []), train, self.root)
+                refuse_overlap(split, splits.get(split, []), train, file)
         if stage in ("fit", "validate"):
             train, val = self._validation(train, val, splits.get("test", []))
-            refuse_missing(self.root, val)
+            refuse_missing(self.root, val, file)
             self._evaluated("val", val)
         if stage == "fit":
             if not train:
                 raise ValueError(f"{self.root}: the train split of {self.dataset} is empty.")
-            refuse_missing(self.root, train)
+            refuse_missing(self.root, train, file)
             self._trained(train)
         if stage in ("test", "predict"):
             test = splits.get("test", [])
-            refuse_missing(self.root, test)
+            refuse_missing(self.root, test, file)
             self._evaluated("test" if stage == "test" else "predict", test)
         if stage == "predict":
             self._set_up_own()
@@ -273,7 +274,7 @@ class PersonRetrievalDataModule(DataModule):
         """Random pairs, or P x K.
 
         Raises:
-            ValueError: the batch is no multiple of K.
+            ValueError: the batch is no multiple of K, or has one identity.
         """
         if split != "train" or self.order == "random":
             return super().sampler(dataset, split)
@@ -283,6 +284,11 @@ class PersonRetrievalDataModule(DataModule):
             raise ValueError(
                 f"batch_size: {self.batch_size} on {world} ranks is no multiple of num_instances: "
                 f"{self.num_instances}."
+            )
+        if batch == self.num_instances:
+            raise ValueError(
+                f"batch_size: {self.batch_size} on {world} ranks has one identity with num_instances: "
+                f"{self.num_instances}, expected at least two: no other sentence would be a negative."
             )
         pairs = self.datasets["train"]
         assert isinstance(pairs, PairDataset)

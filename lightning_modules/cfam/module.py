@@ -26,10 +26,11 @@ from lightning_modules.cfam.schedule import default_factors
 from lightning_modules.cfam.towers import build_towers, load_towers
 from lightning_modules.parts.contracts import HasNumClasses, datamodule_of, require
 from lightning_modules.parts.inference import InferenceSpec
-from lightning_modules.parts.options import check_range
+from lightning_modules.parts.options import check_choice, check_range
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+Score = Literal["global", "fused"]
 
 
 class CFAM(Retriever):
@@ -87,7 +88,7 @@ class CFAM(Retriever):
         matcher_depth: int = 2,
         share_decoder: bool = True,
         mask_text_padding: bool = True,
-        score: Literal["global", "fused"] = "global",
+        score: Score = "global",
         alpha: float = 0.8,
         msd_as_released: bool = False,
         optimizer: OptimizerCallable | None = None,
@@ -99,6 +100,7 @@ class CFAM(Retriever):
         super().__init__(msd_as_released, optimizer, lr_scheduler, "epoch", lr_multipliers, no_decay)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "settings"])
         check_range("alpha", alpha, "[0, 1]")
+        check_choice("score", score, Score)
         released = None if init_from is not None else pretrained
         self.base_model = build_towers(
             model, image_size, context_length, stride, released, pos_embed_interpolation
