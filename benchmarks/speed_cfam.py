@@ -41,7 +41,7 @@ def vectors(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor
     count = options.images // EACH
     people = torch.randn(count, WIDTH, generator=stream)
     ids, owners = torch.arange(options.queries) % count, torch.arange(options.images) % count
-    noisy = [people[i] + 2 * torch.randn(len(i), WIDTH, generator=stream) for i in (ids, owners)]
+    noisy = [people[i] + 5 * torch.randn(len(i), WIDTH, generator=stream) for i in (ids, owners)]
     queries, gallery = (F.normalize(part.double(), dim=1) for part in noisy)
     return queries, ids, gallery, owners
 
