@@ -4,22 +4,27 @@ import base64
 import csv
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
 from callbacks.run.directory import announce, replaced_atomically, run_directory
 from callbacks.run.escaping import cells, printable
+from callbacks.writers.base import PredictionWriter
 from callbacks.writers.drawing import fit_into, open_picture
-from lightning_modules.parts.distributed import rows_of_all_ranks
+from lightning_modules.parts.contracts import HasIndexedGallery, datamodule_of, optional
+from lightning_modules.parts.retrieval import best_matches
 
+SIDES = ("path", "caption")
+"""What a row of the gallery has, and one of the queries."""
+QUERIES_AT_ONCE = 256
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem;
   color: #222; background: #fafafa }
@@ -97,11 +102,21 @@ def write_table(path: Path, answers: Sequence[Answer]) -> None:
                 table.writerow(cells([answer.query, rank, f"{score:.6f}", name, right]))
 
 
-class RetrievalWriter(Callback):
+@dataclass
+class _Gallery:
+    """What is searched: names, identities where they are known, and the vectors by chunks."""
+
+    paths: Sequence[str]
+    identities: Sequence[int] | None
+    chunks: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+
+class RetrievalWriter(PredictionWriter):
     """Writes `retrieval.html` and `retrieval.csv` after `predict`, of a gallery and of queries.
 
     The module's `predict_step` gives `features` (B, D) of unit length and `index`; with them `path` for
-    pictures of the gallery, `caption` for queries, and `identity` where the truth is known.
+    pictures of the gallery, `caption` for queries, and `identity` where the truth is known. A gallery that
+    the data module has an index of is read from there.
 
     Args:
         top: pictures an answer.
@@ -110,82 +125,81 @@ class RetrievalWriter(Callback):
     """
 
     def __init__(self, top: int = 10, most_queries: int = 50, thumbnail: int = 160) -> None:
+        super().__init__()
         for name, value in (("top", top), ("most_queries", most_queries), ("thumbnail", thumbnail)):
             if value < 1:
                 raise ValueError(f"RetrievalWriter: {name} must be at least 1, got {value}.")
         self.top, self.most_queries, self.thumbnail = top, most_queries, thumbnail
-        self._sides: dict[str, list[dict[str, Any]]] = {}
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew; keep nothing twice."""
-        trainer.predict_loop.return_predictions = False
-        self._sides = {"path": [], "caption": []}
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Collect a batch.
+    def rows(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any
+    ) -> Iterator[dict[str, Any]]:
+        """One row a picture or sentence, with its vector.
 
         Raises:
-            MisconfigurationException: it is of neither side.
+            MisconfigurationException: the batch is of neither side.
         """
-        side = next((name for name in self._sides if isinstance(outputs, dict) and name in outputs), None)
-        if side is None or not {"features", "index"} <= outputs.keys():
+        kind = next((name for name in SIDES if isinstance(outputs, dict) and name in outputs), None)
+        if kind is None or not {"features", "index"} <= outputs.keys():
             raise MisconfigurationException(
                 "RetrievalWriter needs a predict_step that returns `features`, `index`, and `path` of "
                 "pictures or `caption` of queries."
             )
-        self._sides[side].append(
-            {key: value.cpu() if isinstance(value, Tensor) else value for key, value in outputs.items()}
-        )
+        vectors = outputs["features"].float().cpu().numpy()
+        known = outputs["identity"].tolist() if "identity" in outputs else [None] * len(vectors)
+        columns = (outputs["index"].tolist(), vectors, outputs[kind], known)
+        for index, vector, name, identity in zip(*columns, strict=True):
+            packed = base64.b64encode(vector.tobytes()).decode()
+            yield {"index": index, "side": kind, "name": str(name), "identity": identity, "vector": packed}
 
-    def _gathered(self, side: str, device: torch.device) -> tuple[Tensor, Tensor | None, list[str]]:
-        """Features, identities where they are known, and names, of all ranks, by index."""
-        batches = self._sides[side]
-        if not batches:
-            what = {"path": "gallery", "caption": "queries"}[side]
+    def write(self, trainer: Trainer, module: LightningModule, rows: Iterator[dict[str, Any]]) -> None:
+        """Rank, and write page and table.
+
+        Raises:
+            MisconfigurationException: there was no gallery, or there were no queries.
+        """
+        sides: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+        for row in rows:
+            vector = torch.frombuffer(bytearray(base64.b64decode(row["vector"])), dtype=torch.float32)
+            sides[row["side"]].append({**row, "vector": vector})
+        data = optional(datamodule_of(trainer), HasIndexedGallery)
+        gallery = (data and data.indexed_gallery()) or _collected(sides["path"])
+        if not sides["caption"] or not gallery.paths:
+            what = "queries" if gallery.paths else "gallery"
             raise MisconfigurationException(f"RetrievalWriter: there were no {what} to predict on.")
-        index = torch.cat([batch["index"] for batch in batches]).to(device)
-        columns = [torch.cat([batch["features"] for batch in batches]).to(device)]
-        if "identity" in batches[0]:
-            columns.append(torch.cat([batch["identity"] for batch in batches]).to(device))
-        index, features, *identity = rows_of_all_ranks(index, *columns)
-        names = [dict(zip(batch["index"].tolist(), batch[side], strict=True)) for batch in batches]
-        known = {place: name for part in names for place, name in part.items()}
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            parts: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, known)
-            known = {place: name for part in parts for place, name in part.items()}
-        return features, identity[0] if identity else None, [str(known[place]) for place in index.tolist()]
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Rank, and write on rank 0."""
-        device = pl_module.device
-        gallery, owners, paths = self._gathered("path", device)
-        queries, wanted, captions = self._gathered("caption", device)
-        self._sides = {}
-        if not trainer.is_global_zero:
-            return
-        answers = []
-        for begin in range(0, len(queries), 256):
-            best = (queries[begin : begin + 256] @ gallery.T).topk(min(self.top, len(gallery)), dim=1)
-            for row, (scores, places) in enumerate(zip(best.values, best.indices, strict=True), begin):
-                known = owners is not None and wanted is not None
-                right = (owners[places] == wanted[row]).tolist() if known else None  # type: ignore[index]
-                names = [paths[place] for place in places.tolist()]
-                answers.append(Answer(captions[row], names, scores.tolist(), right))
+        answers = self._answers(sides["caption"], gallery)
         folder = run_directory(trainer)
         write_table(folder / "retrieval.csv", answers)
         shown = answers[: self.most_queries]
         needed = dict.fromkeys(path for answer in shown for path in answer.paths)
         thumbnails = {path: fit_into(open_picture(trainer, path), self.thumbnail) for path in needed}
-        title = f"{len(shown)} of {len(answers)} queries on {len(paths)} pictures"
+        title = f"{len(shown)} of {len(answers)} queries on {len(gallery.paths)} pictures"
         with replaced_atomically(folder / "retrieval.html") as unfinished:
             unfinished.write_text(retrieval_page(shown, thumbnails, title), encoding="utf-8")
         announce(trainer, f"{len(answers)} queries answered in {folder / 'retrieval.html'} and retrieval.csv")
+
+    def _answers(self, queries: Sequence[Mapping[str, Any]], gallery: _Gallery) -> list[Answer]:
+        """Those to all queries, some at a time."""
+        answers = []
+        for begin in range(0, len(queries), QUERIES_AT_ONCE):
+            some = queries[begin : begin + QUERIES_AT_ONCE]
+            vectors = torch.stack([query["vector"] for query in some])
+            found = best_matches(vectors, gallery.chunks(), self.top)
+            for query, scores, places in zip(some, *(part.tolist() for part in found), strict=True):
+                owners, wanted = gallery.identities, query["identity"]
+                right = None
+                if owners is not None and wanted is not None:
+                    right = [owners[place] == wanted for place in places]
+                paths = [gallery.paths[place] for place in places]
+                answers.append(Answer(query["name"], paths, scores, right))
+        return answers
+
+
+def _collected(rows: Sequence[Mapping[str, Any]]) -> _Gallery:
+    """The gallery that was predicted on."""
+    known = bool(rows) and rows[0]["identity"] is not None
+    vectors = torch.stack([row["vector"] for row in rows]) if rows else torch.empty(0)
+    identities = [row["identity"] for row in rows] if known else None
+    return _Gallery(
+        [row["name"] for row in rows], identities, lambda: [(torch.arange(len(vectors)), vectors)]
+    )

@@ -2,5 +2,6 @@
 
 from datamodules.person_retrieval.captions import CaptionTokenizer
 from datamodules.person_retrieval.module import PersonRetrievalDataModule
+from datamodules.person_retrieval.transforms import PersonTransforms
 
-__all__ = ["CaptionTokenizer", "PersonRetrievalDataModule"]
+__all__ = ["CaptionTokenizer", "PersonRetrievalDataModule", "PersonTransforms"]

@@ -53,11 +53,26 @@ LAYOUTS: dict[str, Layout] = {
 
 
 class Person(NamedTuple):
-    """A record: path of the image relative to the root, identity, captions."""
+    """A record: path of the image relative to the root, identity, captions, and its number in the file."""
 
     path: str
     identity: int
     captions: tuple[str, ...]
+    record: int
+
+
+def annotation_file(root: Path, name: str) -> Path:
+    """The annotations of a data set.
+
+    Raises:
+        FileNotFoundError: there are none; names the files that are expected.
+    """
+    layout = LAYOUTS[name]
+    file = next((root / each for each in layout.annotations if (root / each).is_file()), None)
+    if file is None:
+        expected = " or ".join(str(root / each) for each in layout.annotations)
+        raise FileNotFoundError(f"dataset: {name}: there is no annotation file {expected}.")
+    return file
 
 
 def read_annotations(root: Path, name: str) -> dict[str, list[Person]]:
@@ -67,11 +82,7 @@ def read_annotations(root: Path, name: str) -> dict[str, list[Person]]:
         FileNotFoundError: there is no annotation file; names those that are expected.
         DataError: a record is not as it should be; names file and record number (from 0).
     """
-    layout = LAYOUTS[name]
-    file = next((root / each for each in layout.annotations if (root / each).is_file()), None)
-    if file is None:
-        expected = " or ".join(str(root / each) for each in layout.annotations)
-        raise FileNotFoundError(f"dataset: {name}: there is no annotation file {expected}.")
+    layout, file = LAYOUTS[name], annotation_file(root, name)
     try:
         records = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -81,7 +92,7 @@ def read_annotations(root: Path, name: str) -> dict[str, list[Person]]:
     found: dict[str, list[Person]] = {split: [] for split in SPLITS}
     seen: dict[str, int] = {}
     for number, record in enumerate(records):
-        split, person = _person(record, f"{file}, record {number}", layout)
+        split, person = _person(record, number, file, layout)
         if person.path in seen:
             raise DataError(
                 f"{file}, record {number}: the image {person.path} is listed already in record "
@@ -92,7 +103,8 @@ def read_annotations(root: Path, name: str) -> dict[str, list[Person]]:
     return found
 
 
-def _person(record: Any, where: str, layout: Layout) -> tuple[str, Person]:
+def _person(record: Any, number: int, file: Path, layout: Layout) -> tuple[str, Person]:
+    where = f"{file}, record {number}"
     if not isinstance(record, dict):
         raise DataError(f"{where} is a {type(record).__name__}, expected an object.")
     for key in ("split", "id", "captions", layout.path_key):
@@ -111,7 +123,7 @@ def _person(record: Any, where: str, layout: Layout) -> tuple[str, Person]:
     for caption in captions:
         if not isinstance(caption, str) or not caption.strip():
             raise DataError(f"{where}: a caption of the image {path} is {caption!r}, expected a sentence.")
-    return split, Person(str(Path(layout.images) / path), identity, tuple(captions))
+    return split, Person(str(Path(layout.images) / path), identity, tuple(captions), number)
 
 
 def refuse_overlap(split: str, persons: Iterable[Person], train: Iterable[Person], file: Path) -> None:
@@ -120,24 +132,27 @@ def refuse_overlap(split: str, persons: Iterable[Person], train: Iterable[Person
     Raises:
         DataError: counts them.
     """
-    both = {person.identity for person in persons} & {person.identity for person in train}
+    trained = {person.identity for person in train}
+    both = [person for person in persons if person.identity in trained]
     if both:
         raise DataError(
-            f"{file}: {len(both)} identities of the {split} split are trained on too, such as {min(both)}; "
-            "expected none, or set allow_overlap: true."
+            f"{file}, record {both[0].record}: {len({person.identity for person in both})} identities of the "
+            f"{split} split are trained on too, such as {both[0].identity}; expected none, or set "
+            "allow_overlap: true."
         )
 
 
-def refuse_missing(root: Path, persons: Iterable[Person]) -> None:
+def refuse_missing(root: Path, persons: Iterable[Person], file: Path) -> None:
     """Refuse records whose image does not exist.
 
     Raises:
         DataError: counts them and names the first three.
     """
-    missing = [person.path for person in persons if not (root / person.path).is_file()]
+    missing = [person for person in persons if not (root / person.path).is_file()]
     if missing:
         raise DataError(
-            f"{root}: {len(missing)} images of the annotations are missing, such as {', '.join(missing[:3])}."
+            f"{file}, record {missing[0].record}: {len(missing)} images of the annotations are missing in "
+            f"{root}, such as {', '.join(person.path for person in missing[:3])}."
         )
 
 

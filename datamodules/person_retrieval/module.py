@@ -1,150 +1,32 @@
 """Text-based person retrieval: training pairs, and a gallery and queries to evaluate on."""
 
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
-from torchvision.transforms import functional as F
-from torchvision.transforms import v2
 
 from datamodules.base import DataModule, Split, TransformImage
-from datamodules.loading import EpochSampler, collate_images, hash_seed
+from datamodules.loading import EpochSampler, hash_seed
 from datamodules.person_retrieval.captions import CaptionTokenizer
+from datamodules.person_retrieval.datasets import GalleryDataset, PairDataset, QueryDataset
+from datamodules.person_retrieval.gallery import SHARD_BYTES, IndexedGallery, open_index
 from datamodules.person_retrieval.layouts import (
     LAYOUTS,
     Name,
     Person,
+    annotation_file,
     numbers,
     read_annotations,
     refuse_missing,
     refuse_overlap,
 )
-from datamodules.reading import DataError, list_images, read_image
+from datamodules.person_retrieval.transforms import PersonTransforms, WhereImage, collate
+from datamodules.reading import DataError, list_images
 from datamodules.samples.pedestrians import write_pedestrians
 from datamodules.sampling import IdentitySampler
-
-CLIP_MEAN_GREY = (156, 147, 132)
-"""What IRRA's erasing writes, CLIP's mean triple after normalisation, in 8 bits."""
-
-
-@dataclass(frozen=True)
-class PersonTransforms:
-    """Resizing without keeping the aspect, and IRRA's augmentation.
-
-    Args:
-        image_size: height and width, pixels.
-        augment: flip, pad and crop, and erase.
-        erase: probability of erasing.
-        erase_value: `mean` is what IRRA writes; `zero` is black.
-    """
-
-    image_size: tuple[int, int] = (384, 128)
-    augment: bool = True
-    erase: float = 0.5
-    erase_value: Literal["mean", "zero"] = "mean"
-
-    def train(self) -> Callable[[Image.Image], Tensor]:
-        """From a picture to uint8 (3, height, width)."""
-        return _Drawn(self) if self.augment else _Resized(self.image_size, hflip=0.5)
-
-    def evaluation(self) -> Callable[[Image.Image], Tensor]:
-        """The same without chance."""
-        return _Resized(self.image_size)
-
-
-@dataclass(frozen=True)
-class _Resized:
-    size: tuple[int, int]
-    hflip: float = 0.0
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        picture = picture.resize(self.size[::-1], Image.Resampling.BILINEAR)
-        if self.hflip and random.random() < self.hflip:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return F.pil_to_tensor(picture)
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    options: PersonTransforms
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        options = self.options
-        image = F.pad(_Resized(options.image_size, 0.5)(picture), [10])
-        image = v2.RandomCrop(options.image_size)(image)
-        value = list(CLIP_MEAN_GREY) if options.erase_value == "mean" else [0]
-        return v2.RandomErasing(options.erase, scale=(0.02, 0.4), ratio=(0.3, 3.3), value=value)(image)
-
-
-class PairDataset(Dataset[dict[str, Any]]):
-    """One sample a caption, with its image.
-
-    Args:
-        root: that paths are relative to.
-        persons: records.
-        identities: number of each record's identity.
-        ids: tokens (captions, length) of all captions, record by record.
-    """
-
-    def __init__(self, root: Path, persons: list[Person], identities: list[int], ids: Tensor) -> None:
-        self.root, self.persons, self.ids = root, persons, ids
-        self.rows = np.repeat(np.arange(len(persons)), [len(person.captions) for person in persons])
-        self.identities = np.asarray(identities, np.int64)[self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        picture = read_image(self.root / self.persons[self.rows[index]].path)
-        identity = int(self.identities[index])
-        return {"image": picture, "input_ids": self.ids[index], "identity": identity, "index": index}
-
-
-class GalleryDataset(Dataset[dict[str, Any]]):
-    """Each image once.
-
-    Args:
-        paths: of the images.
-        identities: of the images; None where they are not known.
-    """
-
-    def __init__(self, paths: list[Path], identities: list[int] | None) -> None:
-        self.paths, self.identities = paths, identities
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = {"image": read_image(self.paths[index]), "index": index, "path": str(self.paths[index])}
-        return sample if self.identities is None else {**sample, "identity": self.identities[index]}
-
-
-class QueryDataset(Dataset[dict[str, Any]]):
-    """Each caption once.
-
-    Args:
-        captions: sentences.
-        ids: their tokens.
-        identities: of the people described; None where they are not known.
-    """
-
-    def __init__(self, captions: list[str], ids: Tensor, identities: list[int] | None) -> None:
-        self.captions, self.ids, self.identities = captions, ids, identities
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = {"input_ids": self.ids[index], "index": index, "caption": self.captions[index]}
-        return sample if self.identities is None else {**sample, "identity": self.identities[index]}
 
 
 class PersonRetrievalDataModule(DataModule):
@@ -167,6 +49,8 @@ class PersonRetrievalDataModule(DataModule):
         val_id_fraction: of the training identities that are held out.
         allow_overlap: accept identities that are trained and evaluated on.
         gallery: folder of pictures to predict on; null is the test gallery.
+        index: folder of the gallery's vectors: computed once, by the weights that predict, and read from
+            there afterwards; null computes them in every ``predict``.
         query: a sentence to predict with.
         queries: file with a sentence a line; null with no ``query`` is the test queries.
         sample_identities: that ``sample: true`` draws; a quarter of them to test on.
@@ -190,6 +74,7 @@ class PersonRetrievalDataModule(DataModule):
         val_id_fraction: float = 0.05,
         allow_overlap: bool = False,
         gallery: Path | None = None,
+        index: Path | None = None,
         query: str | None = None,
         queries: Path | None = None,
         sample_identities: int = 40,
@@ -211,7 +96,8 @@ class PersonRetrievalDataModule(DataModule):
         self.val_source = val_source
         self.val_id_fraction = val_id_fraction
         self.allow_overlap = allow_overlap
-        self.gallery, self.query, self.queries = gallery, query, queries
+        self.gallery, self.index, self.query, self.queries = gallery, index, query, queries
+        self._indexed: IndexedGallery | None = None
         self.sample_identities = sample_identities
         self._num_classes: int | None = None
 
@@ -243,24 +129,24 @@ class PersonRetrievalDataModule(DataModule):
             raise ValueError("dataset: ufine3c is for tests only: train on another data set.")
         if stage == "predict" and self.gallery is not None and (self.query or self.queries):
             return self._set_up_own()
-        records = read_annotations(self.root, self.dataset)
+        records, file = read_annotations(self.root, self.dataset), annotation_file(self.root, self.dataset)
         splits = {split: found for split, found in records.items() if found}
         train, val = splits.get("train", []), splits.get("val")
         if not self.allow_overlap:
             for split in ("val", "test"):
-                refuse_overlap(split, splits.get(split, []), train, self.root)
+                refuse_overlap(split, splits.get(split, []), train, file)
         if stage in ("fit", "validate"):
             train, val = self._validation(train, val, splits.get("test", []))
-            refuse_missing(self.root, val)
+            refuse_missing(self.root, val, file)
             self._evaluated("val", val)
         if stage == "fit":
             if not train:
                 raise ValueError(f"{self.root}: the train split of {self.dataset} is empty.")
-            refuse_missing(self.root, train)
+            refuse_missing(self.root, train, file)
             self._trained(train)
         if stage in ("test", "predict"):
             test = splits.get("test", [])
-            refuse_missing(self.root, test)
+            refuse_missing(self.root, test, file)
             self._evaluated("test" if stage == "test" else "predict", test)
         if stage == "predict":
             self._set_up_own()
@@ -345,24 +231,50 @@ class PersonRetrievalDataModule(DataModule):
                 raise DataError(f"{where}: it is empty, expected a sentence.")
             self.datasets["predict_queries"] = QueryDataset(captions, self._tokens("queries", captions), None)
 
+    def predict_dataloader(self) -> Any:
+        """Gallery and queries; of an indexed gallery the queries alone.
+
+        Raises:
+            MisconfigurationException: the module cannot make an index, or other weights made this one.
+        """
+        if self.index is None:
+            return super().predict_dataloader()
+        module = None if self.trainer is None else self.trainer.lightning_module
+        encoder = getattr(module, "gallery_encoder", None)
+        if encoder is None:
+            raise MisconfigurationException(
+                f"index: {type(module).__name__} has no gallery_encoder to make it by; set index: null."
+            )
+        cache = self.feature_cache(self.index, encoder, shard_bytes=SHARD_BYTES)
+        gallery = self.datasets["predict_gallery"]
+        assert isinstance(gallery, GalleryDataset)
+        self._indexed = open_index(self.index, cache, gallery, self.transforms)
+        return self.loader("predict", "predict_queries")
+
+    def indexed_gallery(self) -> IndexedGallery | None:
+        """What is searched in a prediction, where it is indexed."""
+        return self._indexed
+
     def parts(self, split: Split) -> Sequence[str]:
-        """Gallery and queries, but for training."""
+        """Gallery and queries, but for training, and for predictions on an indexed gallery."""
+        if split == "predict" and self.index is not None:
+            return ("predict_queries",)
         return (split,) if split == "train" else (f"{split}_gallery", f"{split}_queries")
 
     def transform(self, split: Split) -> Callable[[Any], Any] | None:
         """Of the images; captions are tokenised already."""
         chosen = self.transforms.train() if split == "train" else self.transforms.evaluation()
-        return _WhereImage(TransformImage(chosen))
+        return WhereImage(TransformImage(chosen))
 
     def collation(self) -> Callable[[list[Any]], Any]:
         """With images, or without."""
-        return _collate
+        return collate
 
     def sampler(self, dataset: Any, split: Split) -> EpochSampler:
         """Random pairs, or P x K.
 
         Raises:
-            ValueError: the batch is no multiple of K.
+            ValueError: the batch is no multiple of K, or has one identity.
         """
         if split != "train" or self.order == "random":
             return super().sampler(dataset, split)
@@ -372,6 +284,11 @@ class PersonRetrievalDataModule(DataModule):
             raise ValueError(
                 f"batch_size: {self.batch_size} on {world} ranks is no multiple of num_instances: "
                 f"{self.num_instances}."
+            )
+        if batch == self.num_instances:
+            raise ValueError(
+                f"batch_size: {self.batch_size} on {world} ranks has one identity with num_instances: "
+                f"{self.num_instances}, expected at least two: no other sentence would be a negative."
             )
         pairs = self.datasets["train"]
         assert isinstance(pairs, PairDataset)
@@ -383,15 +300,3 @@ class PersonRetrievalDataModule(DataModule):
             rank=rank,
             num_replicas=world,
         )
-
-
-@dataclass(frozen=True)
-class _WhereImage:
-    transform: Callable[[Any], Any]
-
-    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        return self.transform(sample) if "image" in sample else sample
-
-
-def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    return collate_images(samples) if "image" in samples[0] else default_collate(samples)

@@ -6,38 +6,34 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_modules.base import Method, Terms
+from lightning_modules.base import Terms
+from lightning_modules.cfam.encoding import (
+    GalleryEncoder,
+    at_end,
+    encoded_sides,
+    retrieval_vectors,
+    without_absent,
+)
+from lightning_modules.cfam.evaluation import Retriever
 from lightning_modules.cfam.network import GranularityDecoder, IdentityHead, Matcher, small_classifier
 from lightning_modules.cfam.objective import LossSettings, Objective, Sides
 from lightning_modules.cfam.positions import Interpolation
-from lightning_modules.cfam.towers import build_towers, load_towers, text_ends
-from lightning_modules.parts.contracts import HasNumClasses, datamodule_of, optional
+from lightning_modules.cfam.schedule import default_factors
+from lightning_modules.cfam.towers import build_towers, load_towers
+from lightning_modules.parts.contracts import HasNumClasses, datamodule_of, require
 from lightning_modules.parts.inference import InferenceSpec
-from lightning_modules.parts.options import check_range
-from lightning_modules.parts.retrieval import RetrievalMetrics
-from lightning_modules.parts.selection import match
+from lightning_modules.parts.options import check_choice, check_range
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-RELEASED_LENGTH = 77
-FACTORS = {
-    "granularity_decoder*": 5.0,
-    "matcher*": 5.0,
-    "cid_head*": 5.0,
-    "base_model.positional_embedding": 5.0,
-    "*bias*": 2.0,
-    "*classifier*": 5.0,
-}
-"""Factors of the learning rate; the last glob that matches wins (section 3)."""
+Score = Literal["global", "fused"]
 
 
-class CFAM(Method):
+class CFAM(Retriever):
     """Text-based person retrieval by CLIP with a shared granularity decoder (arXiv 2312.03441).
 
     The authors released no code: this is the design of the project's specification. Batches have `image`
@@ -92,7 +88,7 @@ class CFAM(Method):
         matcher_depth: int = 2,
         share_decoder: bool = True,
         mask_text_padding: bool = True,
-        score: Literal["global", "fused"] = "global",
+        score: Score = "global",
         alpha: float = 0.8,
         msd_as_released: bool = False,
         optimizer: OptimizerCallable | None = None,
@@ -101,9 +97,10 @@ class CFAM(Method):
         no_decay: list[str] | None = None,
     ) -> None:
         optimizer = optimizer or partial(torch.optim.Adam, lr=1e-5, weight_decay=4e-5, eps=1e-3)
-        super().__init__(optimizer, lr_scheduler, "epoch", lr_multipliers, no_decay)
+        super().__init__(msd_as_released, optimizer, lr_scheduler, "epoch", lr_multipliers, no_decay)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "settings"])
         check_range("alpha", alpha, "[0, 1]")
+        check_choice("score", score, Score)
         released = None if init_from is not None else pretrained
         self.base_model = build_towers(
             model, image_size, context_length, stride, released, pos_embed_interpolation
@@ -129,7 +126,6 @@ class CFAM(Method):
             self._build_heads(num_classes)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        self.retrieval = RetrievalMetrics(released=msd_as_released)
 
     def _build_heads(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -147,15 +143,9 @@ class CFAM(Method):
         needed = self.settings.cid_weight or self.settings.id_weight
         if stage != "fit" or not needed or self.cid_head is not None or self.classifier is not None:
             return
-        data = optional(datamodule_of(self.trainer), HasNumClasses)
-        if data is None:
-            raise MisconfigurationException(
-                "CFAM: num_classes: the data do not say how many identities they have; give it."
-            )
+        data = require(datamodule_of(self.trainer), HasNumClasses, "CFAM without num_classes")
         if data.num_classes is None:
-            raise MisconfigurationException(
-                "CFAM: num_classes: the data do not know their identities; give it."
-            )
+            raise MisconfigurationException("CFAM: num_classes: the data do not know it; give it.")
         self._build_heads(data.num_classes)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -166,14 +156,8 @@ class CFAM(Method):
         for key in ("cid_head.classifier.weight", "classifier.weight"):
             if not resumes and key in state and self.cid_head is None and self.classifier is None:
                 self._build_heads(len(state[key]) - key.startswith("cid_head"))
-        if resumes:
-            return
-        parts = ("granularity_decoder.", "granularity_decoder_text.", "matcher.", "cid_head.", "classifier.")
-        absent = tuple(part for part in parts if getattr(self, part[:-1]) is None)
-        kept = {key: value for key, value in state.items() if not (absent and key.startswith(absent))}
-        if len(kept) < len(state):
-            rank_zero_info("CFAM: training-only parts of the checkpoint that are not used are left out.")
-        checkpoint["state_dict"] = kept
+        if not resumes:
+            checkpoint["state_dict"] = without_absent(state, self)
 
     def normalize(self, image: Tensor) -> Tensor:
         """Images in [0, 1] by CLIP's statistics."""
@@ -181,21 +165,8 @@ class CFAM(Method):
 
     def _sides(self, image: Tensor | None, ids: Tensor | None) -> dict[str, Tensor]:
         """`v`, `fv` of normalised images and `t`, `ft` of ids, as far as they are given and needed."""
-        found: dict[str, Tensor] = {}
-        if image is not None:
-            tokens = self.base_model.image_tokens(image)
-            found["v"] = tokens[:, 0]
-            if self.granularity_decoder is not None:
-                found["fv"] = self.granularity_decoder(tokens)
-        if ids is not None:
-            tokens, ends = self.base_model.text_tokens(ids), text_ends(ids)
-            found["t"] = tokens[torch.arange(len(ids), device=ids.device), ends]
-            if self.granularity_decoder is not None:
-                places = torch.arange(ids.shape[1], device=ids.device)
-                ignore = places > ends[:, None] if self._mask_padding else None
-                decoder = self.granularity_decoder_text or self.granularity_decoder
-                found["ft"] = decoder(tokens, ignore)
-        return found
+        decoders = self.granularity_decoder, self.granularity_decoder_text or self.granularity_decoder
+        return encoded_sides(self.base_model, image, ids, decoders, self._mask_padding)
 
     def compute(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """`v`, `t` (B, D), and with a decoder `fv`, `ft` (B, K, D)."""
@@ -217,33 +188,33 @@ class CFAM(Method):
         objective = Objective(self.settings, self.matcher, self.cid_head, self.classifier)
         terms = objective(Sides(identity=identity, **outputs))
         if self._trainer is not None:
-            self.log_dict(
-                {f"train/{key}": value for key, value in objective.accuracies.items()}, batch_size=1
-            )
+            right = {f"train/{key}": value for key, value in objective.accuracies.items()}
+            self.log_dict(right, batch_size=1)
         return terms
-
-    def _vector(self, pooled: Tensor, queries: Tensor | None) -> Tensor:
-        vector = F.normalize(pooled.float(), dim=-1)
-        if self._score == "global" or queries is None:
-            return vector
-        local = F.normalize(queries.float(), dim=-1).flatten(1)
-        share = (1 - self._alpha) / queries.shape[1]
-        return torch.cat([self._alpha**0.5 * vector, share**0.5 * local], dim=1)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) to unit vectors (B, D), or (B, D (1 + K)) of the fused score."""
         if self._score == "global":
-            return self._vector(self.base_model.image_tokens(image)[:, 0], None)
+            return retrieval_vectors(self.base_model.image_tokens(image)[:, 0])
         found = self._sides(image, None)
-        return self._vector(found["v"], found["fv"])
+        return retrieval_vectors(found["v"], found["fv"], self._alpha)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Ids (B, L) to unit vectors (B, D), or (B, D (1 + K)) of the fused score."""
         if self._score == "global":
-            tokens = self.base_model.text_tokens(ids)
-            return self._vector(tokens[torch.arange(len(ids), device=ids.device), text_ends(ids)], None)
+            return retrieval_vectors(at_end(self.base_model.text_tokens(ids), ids))
         found = self._sides(None, ids)
-        return self._vector(found["t"], found["ft"])
+        return retrieval_vectors(found["t"], found["ft"], self._alpha)
+
+    @property
+    def gallery_encoder(self) -> GalleryEncoder:
+        """What an index of a gallery is made by."""
+        parts = {"visual": self.base_model.visual}
+        if self._score == "fused" and self.granularity_decoder is not None:
+            parts["decoder"] = self.granularity_decoder
+        name = self.hparams["model"]
+        score = self._score if self._score == "global" else f"{self._score} {self._alpha}"
+        return GalleryEncoder(self, parts, name if isinstance(name, str) else "CLIP", score)
 
     def forward(self, image: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Retrieval vectors of images in [0, 1] and of captions."""
@@ -253,58 +224,12 @@ class CFAM(Method):
         """`image` and `input_ids`."""
         return {key: batch[key] for key in ("image", "input_ids") if key in batch}
 
-    def _encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        if "image" in batch:
-            return {"features": self.encode_image(self.normalize(batch["image"]))}
-        return {"features": self.encode_text(batch["input_ids"])}
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Collect features of the gallery or of the queries."""
-        found = self._encode(batch)
-        side: Literal["gallery", "queries"] = "gallery" if "image" in batch else "queries"
-        self.retrieval.update(side, found["features"], batch["identity"], batch["index"])
-        return found
-
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics of all ranks, equal on each."""
-        self._log("val")
-
-    def on_test_epoch_end(self) -> None:
-        """The same for the test split."""
-        self._log("test")
-
-    def _log(self, split: str) -> None:
-        self.retrieval.ignore_unmatched = self.trainer.sanity_checking
-        if self.retrieval.ready:
-            values = self.retrieval.compute()
-            self.log_dict({f"{split}/{name}": value for name, value in values.items()}, sync_dist=False)
-        self.retrieval.reset()
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """`features` and `index` of gallery images (`path`) or of queries (`caption`)."""
-        names = ("path", "caption", "identity")
-        extra: dict[str, Any] = {key: batch[key] for key in names if key in batch}
-        return {**self._encode(batch), "index": batch["index"], **extra}
-
     def parameter_groups(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-        """See `Method`; without options of one's own the factors are `FACTORS`, and biases do not decay."""
+        """See `Method`; without options of one's own: `default_factors`, and biases do not decay."""
         named = list(parameters)
         trainable = [name for name, parameter in named if parameter.requires_grad]
         if self._default_factors:
-            self.lr_multipliers = {
-                glob: factor for glob, factor in FACTORS.items() if _found(trainable, glob)
-            }
-            if len(self.base_model.positional_embedding) == RELEASED_LENGTH:
-                self.lr_multipliers.pop("base_model.positional_embedding", None)
+            self.lr_multipliers = default_factors(trainable, len(self.base_model.positional_embedding))
         if self._default_decay:
             self.no_decay = ["*bias*"]
         return super().parameter_groups(named)
-
-
-def _found(names: list[str], glob: str) -> bool:
-    try:
-        return bool(match(names, [glob], "lr_multipliers"))
-    except ValueError:
-        return False

@@ -1,11 +1,40 @@
-"""Linear warm-up by a factor, then a half cosine to zero, by the epoch (section 3)."""
+"""Learning rates: a linear warm-up and a half cosine by the epoch, and factors of parameters (section 3)."""
 
 import math
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_modules.parts.options import check
+
+RELEASED_LENGTH = 77
+FACTORS = {
+    "granularity_decoder*": 5.0,
+    "matcher*": 5.0,
+    "cid_head*": 5.0,
+    "base_model.positional_embedding": 5.0,
+    "*bias*": 2.0,
+    "*classifier*": 5.0,
+}
+"""Factors of the learning rate; the last glob that matches wins."""
+
+
+def default_factors(names: Iterable[str], context_length: int) -> dict[str, float]:
+    """Those of `FACTORS` that there is something for.
+
+    Args:
+        names: of the trainable parameters.
+        context_length: text positions; as many as CLIP was released with are not resized and have no factor.
+    """
+    names = list(names)
+    found = {
+        glob: factor for glob, factor in FACTORS.items() if any(fnmatchcase(name, glob) for name in names)
+    }
+    if context_length == RELEASED_LENGTH:
+        found.pop("base_model.positional_embedding", None)
+    return found
 
 
 class WarmupCosine(LambdaLR):

@@ -134,6 +134,13 @@ class HasFeatureCache(Protocol):
 
 
 @runtime_checkable
+class HasIndexedGallery(Protocol):
+    """Vectors of the gallery that sentences search, by chunks; None where predictions bring them."""
+
+    def indexed_gallery(self) -> Any: ...
+
+
+@runtime_checkable
 class HasFeatureStatistics(Protocol):
     """Mean and standard deviation (width,) of the training reals' features; None where none are cached."""
 
@@ -268,6 +275,14 @@ class HasEncoder(Protocol):
 
     @property
     def encoder(self) -> nn.Module | None: ...
+
+
+@runtime_checkable
+class HasGalleryEncoder(Protocol):
+    """What computes the vectors of a gallery for an index, and says which weights it has."""
+
+    @property
+    def gallery_encoder(self) -> Any: ...
 
 
 @runtime_checkable

@@ -3,26 +3,28 @@
 CFAM's section 4.3 defines them. Each value is exact; queries are taken in chunks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_modules.parts.distributed import first_of_each
+from lightning_modules.parts.distributed import gather, rows_of_all_ranks
 
 CHUNK_BYTES = 128 * 2**20
 """Memory that a chunk of queries may take; the largest tensor of it is a quarter."""
 MOST_COUNTED = 24
 """Relevant images of a query up to which counting what ranks above each is faster than sorting all."""
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COLUMNS = ("features", "identity", "index")
 
 
 class RetrievalMetrics(Metric):
     """R@k, mAP, mINP and mSD, percent, of queries that rank a gallery by cosine; the same identity is a hit.
 
     Every image stands in the gallery once and every query counts once, whatever a distributed sampler
-    repeats: `index` tells. Ranks may have unequally many.
+    repeats: `index` tells. Ranks may have unequally many, or none.
 
     Args:
         top: the k of R@k; a smaller gallery is taken whole.
@@ -46,14 +48,14 @@ class RetrievalMetrics(Metric):
         chunk_bytes: int = CHUNK_BYTES,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(sync_on_compute=False, **kwargs)  # `compute` gathers rows, also of ranks with none
         self.top = top
         self.normalize = normalize
         self.released = released
         self.ignore_unmatched = ignore_unmatched
         self.chunk_bytes = chunk_bytes
         for side in ("gallery", "queries"):
-            for column in ("features", "identity", "index"):
+            for column in COLUMNS:
                 self.add_state(f"{side}_{column}", default=[], dist_reduce_fx="cat")
 
     def update(
@@ -67,35 +69,45 @@ class RetrievalMetrics(Metric):
             identity: (B,).
             index: (B,) position in the gallery or among the queries.
         """
-        for column, value in (("features", features), ("identity", identity), ("index", index)):
+        for column, value in zip(COLUMNS, (features, identity, index), strict=True):
             getattr(self, f"{side}_{column}").append(value.detach())
 
-    @property
-    def ready(self) -> bool:
-        """Whether this rank has seen images and queries."""
-        return bool(len(self.gallery_features) and len(self.queries_features))
-
     def _side(self, side: str) -> tuple[Tensor, Tensor]:
-        columns = [getattr(self, f"{side}_{column}") for column in ("features", "identity", "index")]
-        features, identity, index = (c if isinstance(c, Tensor) else torch.cat(c) for c in columns)
-        rows = first_of_each(index)
-        return features[rows], identity[rows]
+        """Features and identities of all ranks, by index; a collective, also for a rank that has none."""
+        columns = [getattr(self, f"{side}_{column}") for column in COLUMNS]
+        if all(len(column) for column in columns):
+            features, identity, index = (c if isinstance(c, Tensor) else torch.cat(c) for c in columns)
+            width = features.shape[1]
+        else:
+            width, index = 0, torch.empty(0, dtype=torch.int64, device=self.device)
+        # a rank that has none does not know how wide the others' features are
+        shape = gather(torch.tensor([[width, width and DTYPES.index(features.dtype)]], device=self.device))
+        width, dtype = (int(value) for value in shape.amax(dim=0))
+        if not len(index):
+            features, identity = index.new_empty((0, width), dtype=DTYPES[dtype]), index
+        _, features, identity = rows_of_all_ranks(index, features, identity)
+        return features, identity
 
     def compute(self) -> dict[str, Tensor]:
         """`R1`, ..., `mAP`, `mINP`, `mSD`, percent, and `mSD_released` where that is asked for.
 
+        The same on every rank. Nothing where no rank has images, or none has queries.
+
         Raises:
             ValueError: queries have no relevant image; names the first identity and the count.
         """
+        queries, gallery = self._side("queries"), self._side("gallery")
+        if not len(queries[0]) or not len(gallery[0]):
+            return {}
         scores = ranking_scores(
-            *self._side("queries"),
-            *self._side("gallery"),
+            *queries,
+            *gallery,
             normalize=self.normalize,
             released=self.released,
             ignore_unmatched=self.ignore_unmatched,
             chunk_bytes=self.chunk_bytes,
         )
-        return summary(scores, self.top)
+        return summary(scores, self.top) if scores else {}
 
 
 def summary(scores: dict[str, Tensor], top: tuple[int, ...] = (1, 5, 10)) -> dict[str, Tensor]:
@@ -249,3 +261,21 @@ def _released(similarity: Tensor, rank: Tensor, valid: Tensor, normalize: bool) 
     places = (rank - 1).where(valid, 0)
     sums = own.cumsum(dim=1).gather(1, places)
     return _distribution(own.gather(1, places), sums, own.sum(dim=1), valid, own.shape[1])
+
+
+@torch.no_grad()
+def best_matches(queries: Tensor, chunks: Iterable[tuple[Tensor, Tensor]], top: int) -> tuple[Tensor, Tensor]:
+    """Scores (Q, at most top) and places of the best of a gallery that comes in parts; ties by place.
+
+    Args:
+        queries: (Q, width).
+        chunks: places (n,) in ascending order and vectors (n, width) of the gallery.
+        top: most to give of a query.
+    """
+    best, found = queries.new_empty(len(queries), 0), queries.new_empty((len(queries), 0), dtype=torch.int64)
+    for places, vectors in chunks:
+        best = torch.cat([best, queries @ vectors.T], dim=1)
+        found = torch.cat([found, places.expand(len(queries), -1)], dim=1)
+        best, order = best.sort(dim=1, descending=True, stable=True)
+        best, found = best[:, :top], found.gather(1, order[:, :top])
+    return best, found

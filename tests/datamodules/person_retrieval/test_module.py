@@ -58,14 +58,42 @@ def test_training_pairs_and_a_gallery_with_each_image_once(root):
         ({"id": "7"}, "record 3: id is '7', expected an integer"),
         ({"split": "valid"}, "record 3: split is 'valid'"),
         ({"file_path": "images/1.jpg"}, "record 3: the image images/1.jpg is listed already in record 1"),
-        ({"file_path": "images/99.jpg"}, "1 images of the annotations are missing"),
-        ({"id": 20}, "1 identities of the test split are trained on too"),
+        ({"captions": "one sentence"}, "record 3: the image images/3.jpg has no list of captions"),
+        ({"id": None}, "record 3: id is None, expected an integer"),
+        ({"file_path": ""}, "record 3: file_path is '', expected the path of the image"),
+        ({"file_path": "images/99.jpg"}, "record 3: 1 images of the annotations are missing in"),
+        ({"id": 20}, r"Annotations\.json, record 8: 1 identities of the test split are trained on too"),
     ],
 )
 def test_what_is_wrong_is_named(root, fields, message):
     change(root, 3, **fields)
     with pytest.raises(ValueError, match=message):
         data(root).setup("fit")
+
+
+@pytest.mark.parametrize("field", ["id", "file_path", "captions", "split"])
+def test_a_missing_field_is_named(root, field):
+    file = root / "UFine6926_Annotations.json"
+    records = json.loads(file.read_text())
+    del records[3][field]
+    file.write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=rf"Annotations\.json, record 3 has no '{field}'"):
+        data(root).setup("fit")
+
+
+def test_batches_and_data_with_one_identity(root):
+    module = data(root, sampler="identity", num_instances=4, val_source="test")
+    module.setup("fit")
+    with pytest.raises(ValueError, match="batch_size: 4 on 1 ranks has one identity"):
+        module.train_dataloader()
+    module = data(root, sampler="identity", num_instances=3, val_source="test")
+    module.setup("fit")
+    with pytest.raises(ValueError, match="no multiple of num_instances: 3"):
+        module.train_dataloader()
+    for number in range(8):
+        change(root, number, id=0)
+    with pytest.raises(ValueError, match="the training data have one identity"):
+        data(root, val_source="test").setup("fit")
 
 
 def test_an_overlap_can_be_allowed(root):

@@ -18,10 +18,12 @@ from datamodules import (
     ImageFolderDataModule,
     ImageNetDataModule,
     ImagesDataModule,
+    PersonRetrievalDataModule,
     TextDataModule,
 )
 from datamodules.base import DataModule
 from lightning_modules import (
+    CFAM,
     CausalLanguageModel,
     CNNDetector,
     DataFreeDistillation,
@@ -40,8 +42,10 @@ from lightning_modules.parts.contracts import (
     HasEncoder,
     HasFeatureCache,
     HasFeatureStatistics,
+    HasGalleryEncoder,
     HasGeneratorNames,
     HasImageSize,
+    HasIndexedGallery,
     HasInference,
     HasInferenceInputs,
     HasNetwork,
@@ -79,9 +83,18 @@ DATA = {
     TextDataModule: (HasSequenceLength, HasCalibrationSegments),
     GlueDataModule: (HasClassNames, HasNumClasses, HasCalibrationSegments),
     EntityDataModule: (HasClassNames, HasNumClasses),
+    PersonRetrievalDataModule: (HasNumClasses, HasIndexedGallery),
 }
-SPECIAL = {*CLASSES, *GENERATORS, HasCategoryIds, HasSequenceLength, HasCalibrationSegments}
+SPECIAL = {
+    *CLASSES,
+    *GENERATORS,
+    HasCategoryIds,
+    HasSequenceLength,
+    HasCalibrationSegments,
+    HasIndexedGallery,
+}
 METHODS = {
+    CFAM: (HasNormalize, HasInferenceInputs, HasInference, HasGalleryEncoder),
     ImageClassifier: (HasNormalize, HasInference),
     DecoDetector: (HasNormalize, HasInference),
     CausalLanguageModel: (HasTokenizer, HasInference),
