@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -20,6 +20,10 @@ from lightning_modules.parts.contracts import (
 )
 
 
+OutputKind = Literal["classes", "bernoulli", "probability", "number"]
+"""What an output means: logits of classes along the last axis, logits of yes or no, a number in [0, 1], any number."""
+
+
 @dataclass(frozen=True)
 class InferenceSpec:
     """How a module's inference is called: what exporters and reports cannot read from its tensors.
@@ -31,6 +35,7 @@ class InferenceSpec:
         free_dimensions: `{input: {axis: name}}` of sizes that may be another at inference than in the
             example; axis 0 is always free, and called `batch`.
         arguments: of the network's forward pass, beside the inputs.
+        kinds: `{output: what it means}`, for whoever compares outputs; one that is not named is a number.
     """
 
     outputs: tuple[str, ...] = ("output",)
@@ -38,6 +43,7 @@ class InferenceSpec:
     unit_axes: tuple[int, ...] = (0,)
     free_dimensions: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    kinds: Mapping[str, OutputKind] = field(default_factory=dict)
 
     def units(self, inputs: Mapping[str, Tensor]) -> int:
         """Units in a batch of inputs."""
@@ -49,7 +55,7 @@ class InferenceSpec:
         return {0: "batch", **self.free_dimensions.get(name, {})}
 
 
-CLASSIFIER = InferenceSpec(outputs=("logits",), unit="images")
+CLASSIFIER = InferenceSpec(outputs=("logits",), unit="images", kinds={"logits": "classes"})
 """Images in, logits out."""
 
 _KNOWN = {
