@@ -102,6 +102,13 @@ class HasCalibrationSegments(Protocol):
 
 
 @runtime_checkable
+class HasCalibrationBatches(Protocol):
+    """Batches of so many training samples to calibrate with, as evaluation reads them, the same on all ranks."""
+
+    def calibration_batches(self, count: int) -> Sequence[Any]: ...
+
+
+@runtime_checkable
 class HasGeneratorNames(Protocol):
     """Names of the generators, in the order of the numbers in a batch's `generator`."""
 

@@ -20,7 +20,7 @@ from callbacks.quantization.vision.operands import (
     UniformOperand,
 )
 from callbacks.quantization.vision.products import Product
-from callbacks.quantization.vision.scheme import VisionScheme
+from callbacks.quantization.scheme import VisionScheme
 from callbacks.quantization.vision.search import Grid, candidate_steps
 
 Captured = tuple[tuple[Tensor, ...], Tensor]

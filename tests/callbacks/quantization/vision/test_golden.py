@@ -18,7 +18,7 @@ from callbacks.quantization.vision.operands import (
     quantize_uniform,
 )
 from callbacks.quantization.vision.products import Product
-from callbacks.quantization.vision.scheme import VisionScheme
+from callbacks.quantization.scheme import VisionScheme
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 sys.path.insert(0, str(GOLDEN))
