@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from callbacks.quantization.vision.operands import (
     Operand,
     SoftmaxOperand,
 )
-from callbacks.quantization.vision.products import Product
+from callbacks.quantization.vision.products import no_products
 from lightning_modules.parts.inference import InferencePath, repeat_to, spec_of
 
 INTEGER_OPERATORS = ("QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "QGemm", "ConvInteger", "MatMulInteger")
@@ -88,7 +87,8 @@ class IntegerOperand(nn.Module):
         step = operand.step.detach()
         self._kind = operand
         zero = torch.zeros((), dtype=torch.int8)
-        scales, self.factor = [step.flatten()[:1]], None
+        scales = [step.flatten()[:1]]
+        factor: Tensor | None = None
         if isinstance(operand, AffineOperand):
             zero = (-operand.offset_of(step) / step).round().to(torch.int8).view(())
         elif isinstance(operand, GELUOperand):
@@ -96,8 +96,8 @@ class IntegerOperand(nn.Module):
         elif isinstance(operand, SoftmaxOperand):
             scales = [torch.full_like(step, 1 / 127), step / 127]
         elif step.numel() > 1:
-            scales = [torch.ones(1)]
-            self.register_buffer("factor", step.clone())
+            scales, factor = [torch.ones(1)], step.clone()
+        self.register_buffer("factor", factor)
         for number, scale in enumerate(scales):
             self.register_buffer(f"scale_{number}", scale.clone().view(()))
         self.register_buffer("zero", zero)
@@ -148,12 +148,15 @@ class IntegerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer."""
-        weight = self.weight if hasattr(self, "weight") else None
+        weight = getattr(self, "weight", None)
         if weight is None:
             weight = torch.ops.featherlight.dequantize(self.codes, self.scale, self.zero, self.axis)
         parts = [x] if self.input is None else self.input(x)
         if self.linear:
-            output = sum(part @ weight for part in parts[1:]) + parts[0] @ weight if len(parts) > 1 else parts[0] @ weight
+            with no_products():
+                output = parts[0] @ weight
+                for part in parts[1:]:
+                    output = output + part @ weight
             return output if self.bias is None else output + self.bias
         (layer,) = self._layer
         return torch.func.functional_call(_bare(layer), {"weight": weight}, (parts[0],))

@@ -160,7 +160,7 @@ class QuantizedLayer(QuantizedUnit):
     def _weight_errors(self, chunk: "Chunk", steps: Tensor) -> Tensor:
         assert self.weight is not None
         weight = self.layer.get_parameter("weight")
-        candidates = torch.stack([self.weight.quantize(weight, step) for step in steps])
+        candidates = self.weight.candidates(weight, steps)
         x = chunk.inputs[0]
         if self.linear and self.input is not None:
             x = self.input(x)
@@ -186,7 +186,7 @@ class QuantizedLayer(QuantizedUnit):
         assert self.input is not None
         weight = self.layer.get_parameter("weight")
         weight = weight if self.weight is None else self.weight(weight)
-        x = torch.cat([self.input.quantize(chunk.inputs[0], step) for step in steps])
+        x = self.input.candidates(chunk.inputs[0], steps).flatten(0, 1)
         output = functional_call(self.layer, {"weight": weight}, (x,))
         error = (output.unflatten(0, (len(steps), -1)) - chunk.output) * chunk.gradient
         return error.square().flatten(1).sum(1, keepdim=True) * chunk.share
@@ -221,7 +221,6 @@ class QuantizedProduct(QuantizedUnit):
     def __init__(self, product: Product, bits: int, form: SoftmaxQuant, device: torch.device) -> None:
         super().__init__()
         self.product = product
-        self.bits = bits
         self.form = form
         self.left: Operand = SoftmaxOperand(bits, form) if product.after_softmax else UniformOperand(bits)
         self.right: Operand = UniformOperand(bits)
@@ -263,9 +262,9 @@ class QuantizedProduct(QuantizedUnit):
             a, b = chunk.inputs
             if name == "left":
                 b = b if probabilities else self.right(b)
-                output = torch.stack([self.left.quantize(a, step) for step in some]) @ b
+                output = self.left.candidates(a, some) @ b
             else:
-                output = self.left(a) @ torch.stack([self.right.quantize(b, step) for step in some])
+                output = self.left(a) @ self.right.candidates(b, some)
             error = ((output - chunk.output) * chunk.gradient).square()
             if some[0].numel() > 1:
                 error = error.movedim(-3, 1)

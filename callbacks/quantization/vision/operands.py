@@ -109,6 +109,12 @@ class Operand(nn.Module, ABC):
             first = first + other
         return first
 
+    def candidates(self, x: Tensor, steps: Tensor) -> Tensor:
+        """`x` with each of several steps, (candidates, *x.shape)."""
+        if steps.ndim == 2:
+            steps = steps.view(-1, *(1,) * x.ndim)
+        return self.quantize(x.expand(len(steps), *x.shape), steps)
+
     def forward(self, x: Tensor) -> Tensor:
         """`x` with the found step, same shape and type.
 

@@ -6,7 +6,8 @@ forward pass sends these calls through the list (a TorchFunctionMode); fused att
 parameters do not change, and the module stays an instance of its class.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class ProductMode(TorchFunctionMode):
         products: one for every call of a product; None where it is no attention.
     """
 
-    _running: "list[ProductMode]" = []
+    _running: "list[ProductMode | None]" = []
 
     def __init__(self, products: Sequence[Product | None]) -> None:
         super().__init__()
@@ -87,6 +88,16 @@ class ProductMode(TorchFunctionMode):
         if self._calls > len(self._products):
             self._calls = 1  # the module computes its attention more than once
         return self._products[self._calls - 1]
+
+
+@contextmanager
+def no_products() -> Iterator[None]:
+    """Matrix products in here are nobody's attention."""
+    ProductMode._running.append(None)
+    try:
+        yield
+    finally:
+        ProductMode._running.pop()
 
 
 def attention(
