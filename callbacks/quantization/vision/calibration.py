@@ -9,7 +9,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from callbacks.quantization.scheme import VisionScheme
 from callbacks.quantization.vision.layers import Captured, QuantizedUnit
 from callbacks.quantization.vision.losses import divergence, fisher_loss
 from callbacks.quantization.vision.settings import PTQSettings

@@ -236,9 +236,7 @@ class HessianPTQ(EvaluationQuantizer):
         announce(
             trainer, f"HessianPTQ: {self.settings.scheme}, {len(self.units)} layers and products, calibrating"
         )
-        calibration = Calibration(
-            network, forward, values, spec.kinds, self.settings, self.cache_bytes
-        )
+        calibration = Calibration(network, forward, values, spec.kinds, self.settings, self.cache_bytes)
         calibration.run(self.units, seen.bytes)
         report = {
             "calibration_images": sum(len(batch[0]) for batch in values),
@@ -278,4 +276,6 @@ def _kind(module: nn.Module) -> str:
 def _check_integers(schemes: Mapping[str, VisionScheme]) -> None:
     wrong = [name for name, scheme in schemes.items() if {scheme.bits, scheme.activation_bits} - {8, 16, 32}]
     if wrong:
-        raise OptionError(f"export: onnx writes integers of 8 bits; overrides give others to {', '.join(wrong[:8])}.")
+        raise OptionError(
+            f"export: onnx writes integers of 8 bits; overrides give others to {', '.join(wrong[:8])}."
+        )

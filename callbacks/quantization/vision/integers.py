@@ -29,7 +29,14 @@ from callbacks.quantization.vision.operands import (
 from callbacks.quantization.vision.products import no_products
 from lightning_modules.parts.inference import InferencePath, repeat_to, spec_of
 
-INTEGER_OPERATORS = ("QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "QGemm", "ConvInteger", "MatMulInteger")
+INTEGER_OPERATORS = (
+    "QLinearConv",
+    "QLinearMatMul",
+    "MatMulIntegerToFloat",
+    "QGemm",
+    "ConvInteger",
+    "MatMulInteger",
+)
 """What onnxruntime makes of a float operator between QDQ nodes, where it has an integer kernel for it."""
 
 
@@ -234,7 +241,11 @@ def export_float(module: LightningModule, inputs: Mapping[str, Tensor], folder: 
 
 
 def export_integers(
-    module: LightningModule, units: Mapping[str, QuantizedUnit], inputs: Mapping[str, Tensor], path: Path, tolerance: float
+    module: LightningModule,
+    units: Mapping[str, QuantizedUnit],
+    inputs: Mapping[str, Tensor],
+    path: Path,
+    tolerance: float,
 ) -> dict[str, Any]:
     """Export the quantized network with QDQ nodes, if onnxruntime gives what torch gives.
 

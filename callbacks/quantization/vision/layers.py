@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from callbacks.quantization.scheme import VisionScheme
 from callbacks.quantization.vision.operands import (
     SPLITS,
     AffineOperand,
@@ -20,7 +21,6 @@ from callbacks.quantization.vision.operands import (
     UniformOperand,
 )
 from callbacks.quantization.vision.products import Product
-from callbacks.quantization.scheme import VisionScheme
 from callbacks.quantization.vision.search import Grid, candidate_steps
 
 Captured = tuple[tuple[Tensor, ...], Tensor]
@@ -167,7 +167,7 @@ class QuantizedLayer(QuantizedUnit):
         if self.linear:
             rows = x.flatten(0, -2)
             product = F.linear(rows, candidates.flatten(0, 1))  # all candidates in one product
-            error = (chunk.output.flatten(0, -2)[:, None] - product.view(len(rows), len(steps), -1))
+            error = chunk.output.flatten(0, -2)[:, None] - product.view(len(rows), len(steps), -1)
             if self.layer.bias is not None:
                 error = error - self.layer.bias
             error = (error * chunk.gradient.flatten(0, -2)[:, None]).square().sum(0)
@@ -295,7 +295,9 @@ class Chunk:
     share: float
 
 
-def _chunked(calls: Sequence[Captured], run: Callable[[tuple[Tensor, ...]], Tensor], most: int = 8) -> list[Chunk]:
+def _chunked(
+    calls: Sequence[Captured], run: Callable[[tuple[Tensor, ...]], Tensor], most: int = 8
+) -> list[Chunk]:
     """Every call cut along its first axis, into up to `most` parts."""
     chunks = []
     for inputs, gradient in calls:

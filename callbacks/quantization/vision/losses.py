@@ -15,7 +15,9 @@ _NEAR_ZERO = 1e-4
 """Probabilities are kept that far from 0 and 1."""
 
 
-def fisher_loss(outputs: Mapping[str, Tensor], kinds: Mapping[str, OutputKind], generator: torch.Generator) -> Tensor:
+def fisher_loss(
+    outputs: Mapping[str, Tensor], kinds: Mapping[str, OutputKind], generator: torch.Generator
+) -> Tensor:
     """-log p of a sample of the network's own distribution; its squared gradient estimates the Fisher
     information.
 
@@ -45,7 +47,9 @@ def fisher_loss(outputs: Mapping[str, Tensor], kinds: Mapping[str, OutputKind], 
     return total
 
 
-def divergence(outputs: Mapping[str, Tensor], full: Mapping[str, Tensor], kinds: Mapping[str, OutputKind]) -> Tensor:
+def divergence(
+    outputs: Mapping[str, Tensor], full: Mapping[str, Tensor], kinds: Mapping[str, OutputKind]
+) -> Tensor:
     """KL of the outputs of a network whose first layers are quantized from those of the full-precision
     network, summed.
 

@@ -93,7 +93,11 @@ class Observer(TorchFunctionMode):
         return leave
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """The call, and what it says."""
         kwargs = kwargs or {}
@@ -167,8 +171,10 @@ _UNCHANGED = (
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm over running statistics, frozen or not, that may be folded."""
-    return isinstance(getattr(module, "running_var", None), Tensor) and hasattr(module, "eps") and (
-        getattr(module, "weight", None) is None or isinstance(module.weight, Tensor)
+    return (
+        isinstance(getattr(module, "running_var", None), Tensor)
+        and hasattr(module, "eps")
+        and (getattr(module, "weight", None) is None or isinstance(module.weight, Tensor))
     )
 
 

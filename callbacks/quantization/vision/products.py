@@ -69,7 +69,11 @@ class ProductMode(TorchFunctionMode):
         super().__exit__(*exception)
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """The call, by way of its product if it has one."""
         kwargs = kwargs or {}

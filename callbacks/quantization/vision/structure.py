@@ -70,7 +70,13 @@ class Structure:
 def fold(convolution: nn.Module, norm: nn.Module) -> None:
     """Move a batch norm into the convolution before it; it stays in its place and changes nothing any more."""
     weight, bias = fuse_conv_bn_weights(
-        convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias  # type: ignore[arg-type]
+        convolution.weight,
+        convolution.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,  # type: ignore[arg-type]
     )
     convolution.weight.copy_(weight)  # type: ignore[operator, union-attr]
     convolution.bias = nn.Parameter(bias, requires_grad=weight.requires_grad)
@@ -81,7 +87,9 @@ def fold(convolution: nn.Module, norm: nn.Module) -> None:
             tensor.fill_(value)
 
 
-def unit_of(network: nn.Module, name: str, scheme: VisionScheme, structure: Structure, form: Form) -> QuantizedUnit:
+def unit_of(
+    network: nn.Module, name: str, scheme: VisionScheme, structure: Structure, form: Form
+) -> QuantizedUnit:
     """The layer or product `name`, with operands that are not calibrated."""
     module = network.get_submodule(name)
     if isinstance(module, Product):
@@ -92,7 +100,9 @@ def unit_of(network: nn.Module, name: str, scheme: VisionScheme, structure: Stru
     return QuantizedLayer(module, scheme, after_gelu, form.aligned, 3 if fused else 1)
 
 
-def as_plain(structure: Structure, form: Form, schemes: Mapping[str, VisionScheme], units: Mapping[str, QuantizedUnit]) -> dict[str, Any]:
+def as_plain(
+    structure: Structure, form: Form, schemes: Mapping[str, VisionScheme], units: Mapping[str, QuantizedUnit]
+) -> dict[str, Any]:
     """Structure and steps as tensors, numbers and strings: loads with `weights_only=True`."""
     return {
         "structure": asdict(structure),

@@ -100,7 +100,12 @@ def test_what_is_quantized_and_reported(calibrated):
     folder, module = calibrated
     report = json.loads((folder / "ptq_report.json").read_text())
     assert report["scheme"] == "W8A8"
-    assert set(report["layers"]) >= {"patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.attn.products.1", "head"}
+    assert set(report["layers"]) >= {
+        "patch_embed.proj",
+        "blocks.0.attn.qkv",
+        "blocks.0.attn.products.1",
+        "head",
+    }
     assert isinstance(module.network.blocks[0].mlp.fc2.input_operand, GELUOperand)
     assert module.network.blocks[0].attn.qkv.weight_operand.step.shape == (48, 1)  # three row groups
     assert isinstance(module.network.blocks[0].attn, timm.layers.attention.Attention)

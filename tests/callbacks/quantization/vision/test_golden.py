@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from callbacks.quantization.scheme import VisionScheme
 from callbacks.quantization.vision.layers import QuantizedLayer, QuantizedProduct, SearchOptions
 from callbacks.quantization.vision.operands import (
     AffineOperand,
@@ -18,7 +19,6 @@ from callbacks.quantization.vision.operands import (
     quantize_uniform,
 )
 from callbacks.quantization.vision.products import Product
-from callbacks.quantization.scheme import VisionScheme
 
 GOLDEN = Path(__file__).parents[3] / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -159,9 +159,9 @@ def test_search_of_a_linear_layer(case, every):
         found = F.linear(unit.input(x), unit.weight(unit.layer.weight), unit.layer.bias)
         return float((gradient * (full - found)).square().mean())
 
-    assert objective() * case["B"] == pytest.approx(case["objective_minmax"], rel=1e-3) or objective() == pytest.approx(
+    assert objective() * case["B"] == pytest.approx(
         case["objective_minmax"], rel=1e-3
-    )
+    ) or objective() == pytest.approx(case["objective_minmax"], rel=1e-3)
     unit.search(calls, SearchOptions(every=every))
     near(unit.indices["weight"], case["w_index"])
     near(unit.indices["input"], case["a_index"])
