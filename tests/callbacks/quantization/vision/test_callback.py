@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
-from callbacks import RTN, HessianPTQ
+from callbacks import HessianPTQ
 from callbacks.quantization.scheme import VisionScheme
 from callbacks.quantization.vision.layers import QuantizedLayer, QuantizedProduct
 from callbacks.quantization.vision.observe import observe
@@ -153,8 +153,7 @@ def test_a_pattern_that_matches_nothing_names_itself(tmp_path):
         trainer(tmp_path, HessianPTQ(**options(ignore=["nothing.*"]))).test(classifier(), datamodule=Data())
 
 
-def test_language_models_go_elsewhere(tiny_llama=None):
-    assert RTN.name != HessianPTQ.name
+def test_an_operand_without_a_step_refuses():
     layer = nn.Linear(2, 2)
     with pytest.raises(RuntimeError, match="is not calibrated"):
         QuantizedLayer(layer, VisionScheme(), False, False, 1).input(torch.ones(1, 2))
