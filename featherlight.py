@@ -1,11 +1,17 @@
 """The `featherlight` command. This file stays light, so that `featherlight --help` answers at once."""
 
+import os
 import signal
 import sys
+from collections.abc import Callable
 
 USAGE = """\
 usage: featherlight {fit,validate,test,predict} --config FILE [--config FILE ...] [options]
-       featherlight results RUN [RUN ...]
+       featherlight results RUN [RUN ...] [--all] [--format table|csv|markdown|latex]
+       featherlight list [recipes|plugins|models|data]
+       featherlight copy NAME [FILE]
+       featherlight doctor | completion
+       featherlight demo --config FILE [--ckpt_path PATH] [--port N] [--max_megabytes N]
 
 Train, test, compress, combine and deploy efficient models from YAML.
 
@@ -14,12 +20,17 @@ commands:
   validate    evaluate on the validation split
   test        evaluate on the test split; ends with a table and results.json
   predict     run on new data; writes predictions that a person and a program can read
-  results     one table of what `test` found in several runs
+  results     one table of what `test` found in several runs, with the change against the first
+  list        what comes with the product: recipes, plug-ins, methods, data sets, one line each
+  copy        put a recipe or plug-in into this folder, to be changed
+  doctor      versions, devices, what is missing for which extra
+  completion  a script that completes names in bash
+  demo        a local page to try a promptable segmenter on pictures of yours
 
 common options:
-  --config FILE                     a recipe; later files override earlier ones, and options override files
-  --trainer.callbacks+=FILE         plug in a teacher, a pruning schedule, a report, ...
-  (configs/callbacks/*.yaml)
+  --config FILE|NAME                a recipe, by its file or, from any folder, its name (imagenet/resnet50);
+                                    later ones override earlier ones, and options override files
+  --trainer.callbacks+=FILE|NAME    plug in a teacher, a pruning schedule, a report, ... (kd, rpg_98, ema)
   --model.init_args.KEY VALUE       change an argument of the method; likewise --data.init_args.KEY
   --trainer.KEY VALUE               change an argument of the Lightning Trainer
   --ckpt_path PATH|auto             start from a checkpoint; `auto` takes the newest loadable one of this
@@ -52,8 +63,16 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"featherlight {version('featherlight')}")
         return 0
-    if arguments[0] == "results":
-        return _results(arguments[1:])
+    if arguments[0] in _LIGHT:
+        try:
+            return _LIGHT[arguments[0]](arguments[1:])
+        except BrokenPipeError:  # `featherlight list | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+    if arguments[0] == "demo":
+        from featherlight_demo import demo
+
+        return demo(arguments[1:])
     # imports take a while: SLURM's request to go back into the queue waits until `Preemption` can obey it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     from featherlight_cli import run
@@ -61,16 +80,56 @@ def main(arguments: list[str] | None = None) -> int:
     return run(arguments)
 
 
-def _results(runs: list[str]) -> int:
+def _results(arguments: list[str]) -> int:
+    import argparse
     from pathlib import Path
 
-    if not runs or runs[0] in ("-h", "--help"):
-        print("usage: featherlight results RUN [RUN ...]")
-        return 0 if runs else 2
-    from callbacks.run.results import compare
-    from featherlight_errors import guarded
+    from featherlight_recipes import refuse
+    from featherlight_tables import FORMS, render
 
-    return guarded(lambda: compare([Path(run) for run in runs if run != "--debug"]), "--debug" in runs)
+    parser = argparse.ArgumentParser(
+        prog="featherlight results",
+        description="One table of what `test` found in several runs: a row a run, with the change against "
+        "the first in percent. Runs in folders seed_0, seed_1, ... of one folder are one row, mean and "
+        "standard deviation.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run, or a folder of runs")
+    parser.add_argument("--all", action="store_true", help="every number, a row each")
+    parser.add_argument(
+        "--format", choices=FORMS, default="table", help="what it is for (default: %(default)s)"
+    )
+    parser.add_argument("--debug", action="store_true", help="full tracebacks")
+    options = parser.parse_args(arguments)
+    try:
+        print(render(options.runs, options.all, options.format), end="")
+    except (OSError, ValueError) as error:
+        if options.debug:
+            raise
+        return refuse(str(error).rstrip("."))
+    return 0
+
+
+def _recipes(command: str) -> Callable[[list[str]], int]:
+    def run_command(arguments: list[str]) -> int:
+        import featherlight_recipes
+
+        return int(getattr(featherlight_recipes, f"{command}_command")(arguments))
+
+    return run_command
+
+
+def _completion(arguments: list[str]) -> int:
+    from featherlight_recipes import COMPLETION
+
+    print(COMPLETION, end="")
+    return 0
+
+
+_LIGHT = {
+    "results": _results,
+    "completion": _completion,
+    **{command: _recipes(command) for command in ("list", "copy", "doctor")},
+}
 
 
 if __name__ == "__main__":

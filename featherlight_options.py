@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
+
+from featherlight_recipes import entries, near_misses, resolved
 
 CONFIG = "--config"
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -73,14 +76,24 @@ def arranged(arguments: Sequence[str]) -> list[str]:
     words = iter(arguments[start:])
     for word in words:
         if (found := _CONFIG.fullmatch(word)) is None:
-            others.append(word)
+            others += _with_file(word, words)
             continue
         value = found[2] if found[2] is not None else found[3]
         value = next(words, None) if value is None else value
         if not value:
             raise MisconfigurationException(f"{word}: the name of a YAML file is missing.")
-        files += [CONFIG, value]
+        files += [CONFIG, resolved(value)]
     return [*arguments[:start], *files, *others]
+
+
+def _with_file(word: str, words: Iterator[str]) -> list[str]:
+    """An option as it was given; the name of a plug-in (`--trainer.callbacks+=kd`) becomes its file."""
+    option, equals, value = word.partition("=")
+    if option not in ("--trainer.callbacks", "--trainer.callbacks+"):
+        return [word]
+    if equals:
+        return [f"{option}={resolved(value, plugin=True)}"]
+    return [word, *(resolved(value, plugin=True) for value in itertools.islice(words, 1))]
 
 
 def check_files(arguments: Sequence[str]) -> None:
@@ -156,7 +169,9 @@ def read_options(file: str, option: str = "--config") -> dict[str, Any]:
     except ValueError as error:  # PyYAML on a date or an integer that is none
         raise MisconfigurationException(f"{option}: '{file}' is not YAML: {error}.") from error
     if not is_file and not isinstance(content, dict):
-        raise FileNotFoundError(f"{option}: there is no file '{file}'.")
+        near = near_misses(file) if option == CONFIG else []
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise FileNotFoundError(f"{option}: there is no file '{file}'{hint}.")
     if not isinstance(content, dict):
         raise MisconfigurationException(
             f"{option}: '{file}' holds no options such as `trainer:` and `model:`, but {_kind(content)}."
@@ -258,7 +273,7 @@ def _hint(sentence: str, options: Sequence[str]) -> str:
     if found := re.search(r"([\w.]+): Option '(\w+)' is not accepted", sentence):
         return _near(found[2], _parameters(found[1]))
     if found := re.search(r"dot import path string: (\w+)", sentence):
-        return _near(found[1], _class_names())
+        return _near(found[1], {*_class_names(), *(name for name, _ in entries("plugins"))})
     if found := re.search(r"unrecognized arguments: (--[\w.+]+)", sentence):
         return _near(found[1].lstrip("-"), bare, "--")
     if found := re.search(r"does not accept option '([\w.]+)'", sentence):
@@ -269,7 +284,8 @@ def _hint(sentence: str, options: Sequence[str]) -> str:
 
 
 def _near(word: str, known: Iterable[str], prefix: str = "") -> str:
-    found = difflib.get_close_matches(word, sorted(set(known)), n=3, cutoff=0.6)
+    names = sorted(set(known))
+    found = difflib.get_close_matches(word, names, n=3, cutoff=0.9) or difflib.get_close_matches(word, names)
     return f" (did you mean {' or '.join(f'{prefix}{name}' for name in found)}?)" if found else ""
 
 

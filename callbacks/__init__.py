@@ -16,6 +16,8 @@ from callbacks.distillation import (
     Teacher,
 )
 from callbacks.distillation.detection import DetectionTeacher
+from callbacks.distillation.sam import SAMTeacher
+from callbacks.distillation.text import DataFreeTeacher, TextTeacher
 from callbacks.measure.cka import CKAAnalysis
 from callbacks.measure.efficiency import EfficiencyReport
 from callbacks.measure.generator_report import GeneratorReport
@@ -34,7 +36,11 @@ from callbacks.token_reduction import EViT, TokenPruningPooling, TokenReduction,
 from callbacks.writers.base import PredictionWriter
 from callbacks.writers.classification import ClassificationWriter
 from callbacks.writers.detection import DetectionWriter
+from callbacks.writers.generated import GeneratedTextWriter
+from callbacks.writers.masks import MaskWriter
+from callbacks.writers.retrieval import RetrievalWriter
 from callbacks.writers.scores import ScoreWriter
+from callbacks.writers.submission import SubmissionWriter
 from callbacks.writers.text import TextWriter
 from lightning_modules.parts.frozen import FrozenNetwork
 from lightning_modules.parts.taps import FeatureTaps
@@ -55,6 +61,7 @@ __all__ = [
     "CKAAnalysis",
     "ClassificationWriter",
     "Criterion",
+    "DataFreeTeacher",
     "DetectionTeacher",
     "DetectionWriter",
     "DistillationTeacher",
@@ -64,11 +71,13 @@ __all__ = [
     "FeatureTaps",
     "FitNet",
     "FrozenNetwork",
+    "GeneratedTextWriter",
     "GeneratorReport",
     "HessianPTQ",
     "LMEvaluation",
     "LogLines",
     "MagnitudePruning",
+    "MaskWriter",
     "ONNXExport",
     "ObjectiveCallback",
     "PredictionWriter",
@@ -77,12 +86,16 @@ __all__ = [
     "QuantizationCallback",
     "RankPruning",
     "Results",
+    "RetrievalWriter",
     "RigL",
     "RunCheckpoint",
     "RunLock",
+    "SAMTeacher",
     "ScoreWriter",
     "StageLogger",
+    "SubmissionWriter",
     "Teacher",
+    "TextTeacher",
     "TextWriter",
     "ToMe",
     "TokenPruningPooling",

@@ -91,8 +91,9 @@ class DataModule(LightningDataModule):
                 )
         if sample and download:
             raise MisconfigurationException("sample: true and download: true exclude each other.")
-        if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
-            raise ValueError(f"batch sizes must be positive, got {batch_size} and {eval_batch_size}.")
+        for option, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if size is not None and size < 1:
+                raise ValueError(f"data.init_args.{option}: must be positive, got {size}.")
         self.root = Path(root).expanduser()
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -229,11 +229,15 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 # images
 
 
-def read_image(path: Path | str) -> Image.Image:
+def read_image(path: Path | str | BinaryIO, name: str | None = None) -> Image.Image:
     """Decodes an image file into RGB, 8 bits a channel, upright.
 
     An orientation in the EXIF is followed. Of 16 bits the upper eight count; floats must be in [0, 1].
     Transparency is dropped, and of several frames the first is taken.
+
+    Args:
+        path: of the file, or the open file.
+        name: what messages call it; None: `path`.
 
     Raises:
         CorruptSampleError: whatever is wrong with the file; the message holds path and reason.
@@ -245,13 +249,13 @@ def read_image(path: Path | str) -> Image.Image:
             picture = _eight_bits(image)
             return picture if turn is None else picture.transpose(turn)
     except _UnknownRange as error:
-        raise CorruptSampleError(f"cannot read the image {path} ({error})") from None
+        raise CorruptSampleError(f"cannot read the image {name or path} ({error})") from None
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CorruptSampleError(f"cannot read the image {path} ({reason})") from error
+        raise CorruptSampleError(f"cannot read the image {name or path} ({reason})") from error
 
 
-def as_stored(picture: Image.Image, path: Path | str) -> Image.Image:
+def as_stored(picture: Image.Image, path: Path | str | BinaryIO) -> Image.Image:
     """A picture that `read_image` gave, turned back to how its file stores it."""
     with Image.open(path) as image:
         turn = _TURNS.get(_orientation(image))

@@ -1,15 +1,19 @@
 """Tar shards, as WebDataset and img2dataset write them, read in long runs and yet by index.
 
-The headers of the tars are read once, so a sample is known by its place. The order of an epoch is then that
+The headers of the tars are read once and kept in `.index` beside them, where that can be written, so a sample
+is known by its place. The order of an epoch is then that
 of any other data set, a function of seed and epoch: ranks get equally many batches, and an epoch is resumed
 anywhere without reading what was read before.
 """
 
+import io
 import logging
 import tarfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -19,6 +23,7 @@ from torch.utils.data import Dataset
 
 from datamodules.loading import EpochSampler, hash_seed
 from datamodules.reading import CorruptSampleError, DataError, is_hidden
+from datamodules.shards import digest, replace
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +51,7 @@ class TarShards(Dataset[dict[str, Any]]):
         self.lengths: list[int] = []
         self.incomplete = 0
         for file in self.files:
-            index = _index(file, ending, len(members))
+            index = _kept_index(file, ending, len(members))
             whole = {key: span for key, span in index.items() if (span[:, 0] >= 0).all()}
             self.incomplete += len(index) - len(whole)
             self.lengths.append(len(whole))
@@ -60,6 +65,15 @@ class TarShards(Dataset[dict[str, Any]]):
         self._keys = np.array([key.encode("utf-8", "surrogateescape") for key in keys])
         self._spans = np.stack(spans)  # (samples, members, 2): offset and bytes
         self._shards = np.repeat(np.arange(len(self.files)), self.lengths)
+
+    @property
+    def keys(self) -> list[str]:
+        """The samples' names with their folders."""
+        return [key.decode("utf-8", "surrogateescape") for key in self._keys]
+
+    def member_bytes(self, index: int, member: str) -> int:
+        """Size of a sample's member."""
+        return int(self._spans[index, self.members.index(member), 1])
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -78,6 +92,40 @@ class TarShards(Dataset[dict[str, Any]]):
         except OSError as error:
             raise CorruptSampleError(f"cannot read {key} of {path} ({error})") from error
         return sample
+
+
+def _kept_index(path: Path, ending: Mapping[str, int], count: int) -> dict[str, NDArray[np.int64]]:
+    """`_index`, from what an earlier run has kept of it, as long as the tar has not changed since."""
+    try:
+        status = path.stat()
+    except OSError:
+        return _index(path, ending, count)
+    known = digest(f"{status.st_size} {status.st_mtime_ns}", *(f"{e} {place}" for e, place in ending.items()))
+    kept = path.parent / ".index" / f"{path.name}-{known}.npz"
+    try:
+        with np.load(kept) as arrays:
+            keys, spans = arrays["keys"], arrays["spans"]
+            if len(keys) == len(spans) and spans.shape[1:] == (count, 2):
+                return {
+                    key.decode("utf-8", "surrogateescape"): span
+                    for key, span in zip(keys, spans, strict=True)
+                }
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        log.warning("%s cannot be read and is made again (%s).", kept, error)
+    index = _index(path, ending, count)
+    keys = np.array([key.encode("utf-8", "surrogateescape") for key in index], np.bytes_)
+    with suppress(
+        OSError
+    ):  # a folder that cannot be written, or a full disk: the next run reads the tar again
+        content = io.BytesIO()
+        np.savez(
+            content, keys=keys, spans=np.stack(list(index.values())) if index else np.empty((0, count, 2))
+        )
+        kept.parent.mkdir(exist_ok=True)
+        replace(kept, content.getvalue())
+    return index
 
 
 def _index(path: Path, ending: Mapping[str, int], count: int) -> dict[str, NDArray[np.int64]]:

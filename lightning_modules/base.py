@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_modules.parts.averaging import average_weights_only
 from lightning_modules.parts.contracts import HasRoot, datamodule_of, optional
 from lightning_modules.parts.finite import FiniteGuard, verify_outputs
+from lightning_modules.parts.logging import log_in_place
 from lightning_modules.parts.modes import train_what_is_trained
 from lightning_modules.parts.optimizers import SavedOptimizer, optimizer_fault, saved_optimizers
 from lightning_modules.parts.reproducibility import seed_step
@@ -24,6 +25,7 @@ from lightning_modules.parts.selection import match
 from lightning_modules.parts.weights import state_fault
 
 Terms: TypeAlias = dict[str, Tensor]
+log_in_place()
 
 
 class Method(LightningModule):
@@ -82,6 +84,7 @@ class Method(LightningModule):
         self.weights_origin = "random"
         self._finite = FiniteGuard()
         self._saved_optimizers: list[SavedOptimizer] | None = None
+        self._saved_schedules: int | None = None
 
     # What a method fills in
 
@@ -108,7 +111,7 @@ class Method(LightningModule):
         """Train in training mode, whichever mode the network came in; refuse another optimiser's checkpoint.
 
         Raises:
-            MisconfigurationException: the checkpoint that is resumed has other optimisers.
+            MisconfigurationException: the checkpoint that is resumed has other optimisers or schedules.
         """
         train_what_is_trained(self)
         saved, self._saved_optimizers = self._saved_optimizers, None
@@ -117,6 +120,13 @@ class Method(LightningModule):
                 f"The checkpoint '{self.trainer.ckpt_path}' was written with another optimizer: {fault}. "
                 "Resume with the same `model.init_args.optimizer`, or start from its weights alone "
                 "(`model.init_args.weights`)."
+            )
+        schedules, self._saved_schedules = self._saved_schedules, None
+        if schedules is not None and schedules != len(self.trainer.lr_scheduler_configs):
+            raise MisconfigurationException(
+                f"The checkpoint '{self.trainer.ckpt_path}' was written with {schedules} learning rate "
+                f"schedules, and this run has {len(self.trainer.lr_scheduler_configs)}. Resume with the same "
+                "`model.init_args.lr_scheduler`, or start from its weights alone (`model.init_args.weights`)."
             )
 
     # The step
@@ -361,6 +371,8 @@ class Method(LightningModule):
             )
         resumes = self._trainer is not None and self.trainer.state.fn == "fit"
         self._saved_optimizers = saved_optimizers(checkpoint) if resumes else None
+        schedules = checkpoint.get("lr_schedulers")
+        self._saved_schedules = len(schedules) if resumes and isinstance(schedules, list) else None
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -19,6 +19,9 @@ from tests.hermetic import CheckoutGuard
 REPOSITORY = Path(__file__).parent.parent
 
 torch.set_num_threads(1)
+# autograd starts here, without threads: where torch.compile came before the first backward pass of a process,
+# it starts some, and no fork of that process can train any more
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 def pytest_configure(config):

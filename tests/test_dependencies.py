@@ -18,7 +18,7 @@ else:
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("callbacks", "lightning_modules", "datamodules")
-SCRIPTS = ("featherlight.py", "featherlight_cli.py", "featherlight_errors.py", "featherlight_options.py")
+SCRIPTS = tuple(sorted(file.name for file in REPOSITORY.glob("featherlight*.py")))
 
 
 def our_files() -> list[Path]:
@@ -56,7 +56,7 @@ def imported(source: str) -> set[str]:
 def test_every_import_of_the_code_is_declared():
     ours = {*PACKAGES, *(script.removesuffix(".py") for script in SCRIPTS)}
     distributions = importlib.metadata.packages_distributions()
-    declared = {canonicalize_name(requirement.name) for requirement in requirements("export", "llm")}
+    declared = {canonicalize_name(requirement.name) for requirement in requirements("demo", "export", "llm")}
     for file in our_files():
         for name in imported(file.read_text(encoding="utf-8")) - set(sys.stdlib_module_names) - ours:
             candidates = {canonicalize_name(found) for found in distributions.get(name, [])}
@@ -76,7 +76,9 @@ def test_the_oldest_environment_has_the_lower_bounds():
     """`make test-oldest` runs with what pyproject.toml promises."""
     lines = (REPOSITORY / "tests" / "oldest.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    bounds = {requirement.name: lower_bound(requirement) for requirement in requirements("export", "llm")}
+    bounds = {
+        requirement.name: lower_bound(requirement) for requirement in requirements("demo", "export", "llm")
+    }
     assert {name: Version(version) for name, version in pins.items()} == {
         name: Version(version or "0") for name, version in bounds.items()
     }, "tests/oldest.txt and the lower bounds of pyproject.toml differ: change both, and run make test-oldest"

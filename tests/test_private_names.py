@@ -83,7 +83,7 @@ PRIVATE = (
     Private(
         "torch.nn.modules.batchnorm",
         "_NormBase",
-        (_AVERAGING, "lightning_modules/parts/modes.py"),
+        (_AVERAGING, "lightning_modules/parts/modes.py", "lightning_modules/tinysam/training.py"),
         "telling the statistics of norms from other buffers",
     ),
     Private(
@@ -104,9 +104,19 @@ PRIVATE = (
         (
             "lightning_modules/base.py",
             "lightning_modules/deco/module.py",
+            "lightning_modules/dfkd_t3/module.py",
             "lightning_modules/gendet/module.py",
+            "lightning_modules/cfam/module.py",
+            "lightning_modules/lightclip/module.py",
+            "lightning_modules/tinysam/module.py",
         ),
         "scoring and loading without a Trainer",
+    ),
+    Private(
+        "lightning.pytorch.trainer.connectors.logger_connector.result",
+        "_ResultMetric",
+        ("lightning_modules/parts/logging.py",),
+        "logging a step's losses in place",
     ),
     Private(_CLI, "_get", _COMMAND, "the options of the Trainer"),
     Private(_CLI, "_instantiate_trainer", _COMMAND, "the order of callbacks"),
@@ -126,7 +136,16 @@ PRIVATE = (
         "moving the frozen encoder, which is no part of the module tree",
     ),
     Private(
-        "torch.nn.Module", "_modules", ("lightning_modules/language_model.py",), "loading a network late"
+        "torch.nn.Module",
+        "_modules",
+        (
+            "lightning_modules/dfkd_t3/module.py",
+            "lightning_modules/dfkd_t3/networks.py",
+            "lightning_modules/dfkd_t3/texts.py",
+            "lightning_modules/language_model.py",
+            "lightning_modules/text_classifier.py",
+        ),
+        "loading a network late",
     ),
     Private(
         "torch.nn.Module",

@@ -300,6 +300,8 @@ def _traced(
     finally:
         logging.getLogger("onnxscript").setLevel(level)
     assert program is not None  # it is None for the old exporter only
+    for value, name in zip(program.model.graph.inputs, inputs, strict=True):
+        value.name = name  # torch 2.10 calls an input that is also an output otherwise
     return program
 
 

@@ -4,7 +4,7 @@ done.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -30,6 +30,8 @@ from lightning_modules.language_model import (
 from lightning_modules.parts.contracts import HasCalibrationSegments, datamodule_of, require
 from lightning_modules.parts.options import OptionError, options_of
 from lightning_modules.parts.strategies import is_sharded
+from lightning_modules.parts.text_networks import LabelWords
+from lightning_modules.text_classifier import TextClassifier
 
 Export = Literal["none", "dense", "compressed-tensors", "both"]
 
@@ -52,7 +54,7 @@ class EvaluationQuantizer(Callback, ABC):
         """Find every mistake before anything is computed."""
 
     @abstractmethod
-    def run(self, trainer: Trainer, module: LightningModule, loaders: Any) -> None:
+    def run(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:
         """Quantize and report; `loaders` are those that are evaluated on, None in `predict`."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -117,6 +119,8 @@ class QuantizationCallback(EvaluationQuantizer):
         MisconfigurationException: the module is no CausalLanguageModel, or the model has no such layers.
     """
 
+    takes_encoders = True
+
     @options_of(Scheme)
     def __init__(
         self,
@@ -171,6 +175,16 @@ class QuantizationCallback(EvaluationQuantizer):
     # What
 
     def _model(self, module: LightningModule) -> CausalLanguageModel:
+        """The module, loaded; the blocks of an encoder of texts are quantized as a language model's are."""
+        if isinstance(module, TextClassifier):
+            module.load()
+            if not self.takes_encoders or isinstance(module.network, LabelWords):
+                kind = "answers with label words" if self.takes_encoders else "is an encoder"
+                raise MisconfigurationException(
+                    f"{type(self).__name__} does not quantize a TextClassifier that {kind}: use RTN or "
+                    "GPTQ on a model with a classification head."
+                )
+            return cast(CausalLanguageModel, module)
         if not isinstance(module, CausalLanguageModel):
             raise MisconfigurationException(
                 f"{type(self).__name__} quantizes a CausalLanguageModel; {type(module).__name__} is none."
@@ -205,12 +219,12 @@ class QuantizationCallback(EvaluationQuantizer):
                 f"{type(self).__name__} learns none: use dynamic_token, or CBQ."
             )
 
-    def run(self, trainer: Trainer, module: LightningModule, loaders: Any) -> None:
+    def run(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:
         """Quantize, export, report."""
-        module = self._model(module)
+        module = self._model(pl_module)
         blocks, schemes = self._resolve(module)
         before = None
-        if self.baseline and loaders is not None:
+        if self.baseline and loaders is not None and isinstance(module, CausalLanguageModel):
             before = self._perplexity(trainer, module, loaders)
         kinds = sorted({str(scheme) for scheme in schemes.values()})
         rank_zero_info(f"{type(self).__name__}: {len(schemes)} layers, {', '.join(kinds)}.")

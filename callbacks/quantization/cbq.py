@@ -44,6 +44,7 @@ class CBQ(QuantizationCallback):
     """
 
     name = "cbq"
+    takes_encoders = False
 
     @options_of(CrossBlockSettings)
     def __init__(

@@ -9,29 +9,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+from featherlight_tables import printable, readable
+
+__all__ = ["cells", "json_text", "markdown", "plotted", "printable", "readable"]
+
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 _MARKDOWN = re.compile(r"[\\`*\[\]|]")
-
-
-def readable(text: str) -> str:
-    r"""`text` as valid Unicode: bytes of a file name that are not UTF-8 become `\xe9`.
-
-    >>> readable("caf\udce9.jpg")
-    'caf\\xe9.jpg'
-    """
-    return _SURROGATE.sub(_backslashed, text)
-
-
-def printable(text: str) -> str:
-    """`readable`, with control characters as escapes too: what a terminal may be sent, on one line."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), readable(text))
-
-
-def _backslashed(found: re.Match[str]) -> str:
-    code = ord(found[0])
-    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
 
 def cells(row: Iterable[Any]) -> list[Any]:

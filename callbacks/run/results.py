@@ -1,10 +1,9 @@
 """The end of a run: one table for a person, one `results.json` for a program."""
 
-import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,11 +16,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from callbacks.run.device import device_name
 from callbacks.run.directory import run_directory, write_json
-from callbacks.run.escaping import printable
+from featherlight_tables import RESERVED, flatten, human, printable
 from lightning_modules.base import Method
 
 UNTRAINED = "neither trained nor loaded"
-RESERVED = ("stage", "metrics", "device", "versions", "checkpoint", "weights", "seed", "date")
 
 
 @runtime_checkable
@@ -219,105 +217,3 @@ def print_table(report: Mapping[str, Any], path: Path) -> None:
     console = Console()
     console.print(table)
     console.print(f"written to {printable(str(path))}", soft_wrap=True, markup=False, highlight=False)
-
-
-def compare(runs: list[Path]) -> None:
-    """Print one table of several runs' `results.json`: a row a number that at least one of them has.
-
-    Args:
-        runs: the runs' directories, or their `results.json`.
-
-    Raises:
-        FileNotFoundError: a run has no `results.json`; says which command makes it.
-        MisconfigurationException: a file is no such report.
-    """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="results of test")
-    table.add_column("", overflow="fold")
-    columns: list[dict[str, Any]] = []
-    for run in runs:
-        file = run if run.is_file() else run / "results.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"There is no '{file}': `featherlight test` writes it.")
-        report = _read_report(file)
-        sections = {"": report["metrics"]} | {
-            key: part for key, part in report.items() if key not in RESERVED and isinstance(part, dict)
-        }
-        numbers = [flatten(part, key) for key, part in sections.items()]
-        columns.append({name: value for pairs in numbers for name, value in pairs if "/layers/" not in name})
-        table.add_column(Text(printable(str(run))), justify="right", overflow="fold")
-    for name in dict.fromkeys(name for column in columns for name in column):
-        values = (human(name, column[name]) if name in column else "-" for column in columns)
-        table.add_row(Text(printable(name)), *(Text(printable(value)) for value in values))
-    Console().print(table)
-
-
-def _read_report(file: Path) -> dict[str, Any]:
-    """A `results.json`.
-
-    Raises:
-        MisconfigurationException: it is none.
-    """
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise MisconfigurationException(f"'{file}' is damaged or no JSON: {error}.") from error
-    if not isinstance(report, dict) or not isinstance(report.get("metrics"), dict):
-        raise MisconfigurationException(f"'{file}' is no report of `featherlight test`: it has no `metrics`.")
-    return report
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Pairs of `outer/inner` name and value of a nested report; lists stay whole."""
-    for key, value in values.items():
-        name = f"{prefix}/{key}" if prefix else key
-        if isinstance(value, Mapping):
-            yield from flatten(value, name)
-        else:
-            yield name, value
-
-
-def human(name: str, value: Any) -> str:
-    """`value` as a person reads it, with the unit that `name` ends in.
-
-    >>> human("efficiency/macs", 1_814_073_344), human("latency_seconds", 0.0032), human("bytes", 46_800_000)
-    ('1.81 G', '3.2 ms', '46.8 MB')
-    """
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        short = len(value) <= 4 and not any(isinstance(item, (list, dict)) for item in value)
-        return ", ".join(human(name, item) for item in value) if short else f"{len(value)} values"
-    key = name.rpartition("/")[2]
-    if key.endswith("_per_second"):
-        return f"{_scaled(value)}/s"
-    if key.endswith("seconds"):
-        return _duration(value)
-    if "bytes" in key.split("_"):
-        return f"{_scaled(value)}B"
-    if isinstance(value, int):
-        return _scaled(value) if abs(value) >= 10_000 else str(value)
-    return f"{value:.4g}"
-
-
-def _scaled(value: float) -> str:
-    """Three digits and a metric prefix: `11.7 M`."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * factor:
-            return f"{float(f'{value / factor:.3g}'):g} {prefix}"
-    return f"{float(f'{value:.3g}'):g} "
-
-
-def _duration(seconds: float) -> str:
-    """Three digits and a unit of time: `3.2 ms`."""
-    for factor, unit in ((1.0, "s"), (1e-3, "ms")):
-        if abs(seconds) >= 0.9995 * factor:
-            return f"{float(f'{seconds / factor:.3g}'):g} {unit}"
-    return f"{float(f'{seconds / 1e-6:.3g}'):g} us"

@@ -98,7 +98,7 @@ def choose(pooled: Tensor, pruning: Tensor, pooling: Plan) -> Plan:
 
 def _positions(start: int, stop: int, step: int, like: Tensor) -> Tensor:
     """start, start + step, ... below stop, once for each image of `like` (batch, anything)."""
-    return torch.arange(start, stop, step, device=like.device).expand(like.shape[0], -1)
+    return torch.arange(start, stop, step, dtype=torch.int64, device=like.device).expand(like.shape[0], -1)
 
 
 def _descending(values: Tensor) -> Tensor:

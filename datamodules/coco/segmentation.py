@@ -31,6 +31,14 @@ def decode_segmentation(shape: Any, height: int, width: int) -> NDArray[np.bool_
     )
 
 
+def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """A mask (height, width) as COCO's compressed run lengths."""
+    from pycocotools import mask as coco_mask
+
+    runs = coco_mask.encode(np.asfortranarray(mask.astype(np.bool_), np.uint8))
+    return {"size": list(map(int, runs["size"])), "counts": runs["counts"].decode("ascii")}
+
+
 def short_parts(shape: Any) -> int:
     """How many parts of a list of polygons have fewer than three points."""
     if not isinstance(shape, list):

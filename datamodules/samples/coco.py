@@ -3,7 +3,7 @@
 import colorsys
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,8 @@ class Scene:
     """(height, width, 3), RGB."""
     annotations: list[dict[str, Any]]
     """COCO's `category_id`, `bbox`, `area`, `iscrowd` and `segmentation`, one an object that is seen."""
+    masks: list[Mask] = field(default_factory=list)
+    """The pixels of each, with its holes; (height, width)."""
 
 
 def draw_scene(
@@ -165,7 +167,8 @@ def draw_scene(
     picture += rng.normal(0, rng.uniform(0.01, 0.05), picture.shape)
     kept = [layer for layer in layers if layer[1].sum() > max(12, HIDDEN * layer[3])]
     annotations = [_annotation(category, mask, crowd) for category, mask, crowd, _ in kept]
-    return Scene((picture.clip(0, 1) * 255).round().astype(np.uint8), annotations)
+    masks = [mask for _, mask, _, _ in kept]
+    return Scene((picture.clip(0, 1) * 255).round().astype(np.uint8), annotations, masks)
 
 
 def _ground(height: int, width: int, rng: np.random.Generator) -> Floats:

@@ -87,14 +87,14 @@ def read_documents(
         ValueError: a line is no JSON object with that column, or it holds no text; names file and line.
     """
     if source.startswith(HUB):
-        yield from _texts(_rows(_hub(source.removeprefix(HUB)), column, source), source, column, render)
+        yield from _texts(_rows(hub_table(source.removeprefix(HUB)), column, source), source, column, render)
         return
     listing = _listed(root, source)
     if left_out := listing.left_out():
         log.info("%s: %d files%s.", source, len(listing.names), left_out)
     for file in sorted(map(Path, listing.names)):
         if file.is_dir() or file.suffix.lower() in (".arrow", ".parquet"):
-            yield from _texts(_rows(_table(file), column, str(file)), file, column, render)
+            yield from _texts(_rows(read_table(file), column, str(file)), file, column, render)
         elif file.name.lower().endswith(_JSON):
             yield from _texts(_json_rows(file, column), file, column, render)
         else:
@@ -149,15 +149,19 @@ def _rendered(render: Render, messages: list[Any], where: str) -> str:
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Iterator[str]]:
+def opened(file: Path, newline: str | None = None) -> Iterator[Iterator[str]]:
     """The lines of a text file, compressed or not.
+
+    Args:
+        file: its path.
+        newline: what ends a line, as Python's `open` has it.
 
     Raises:
         CorruptSampleError: it is damaged, or no UTF-8.
     """
     opener: Any = gzip.open if file.suffix.lower() == ".gz" else open
     try:
-        with opener(file, "rt", encoding="utf-8-sig", newline=None) as lines:
+        with opener(file, "rt", encoding="utf-8-sig", newline=newline) as lines:
             yield lines
     except UnicodeDecodeError as error:
         raise CorruptSampleError(
@@ -169,7 +173,7 @@ def _opened(file: Path) -> Iterator[Iterator[str]]:
 
 
 def _plain(file: Path, document: Document) -> Iterator[str]:
-    with _opened(file) as lines:
+    with opened(file) as lines:
         if document == "file":
             yield "".join(lines)
         else:
@@ -177,7 +181,7 @@ def _plain(file: Path, document: Document) -> Iterator[str]:
 
 
 def _json_rows(file: Path, column: str) -> Iterator[tuple[str, Any]]:
-    with _opened(file) as lines:
+    with opened(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
@@ -189,8 +193,12 @@ def _json_rows(file: Path, column: str) -> Iterator[tuple[str, Any]]:
                 yield f"line {number}", value
 
 
-def _hub(name: str) -> Any:
-    """`owner/name[/configuration]/split` of the hub."""
+def hub_table(name: str) -> Any:
+    """The table `owner/name[/configuration]/split` of the hub.
+
+    Raises:
+        MisconfigurationException: the name has another form, or it cannot be loaded.
+    """
     from datasets import load_dataset
 
     parts = name.split("/")
@@ -205,14 +213,21 @@ def _hub(name: str) -> Any:
         raise MisconfigurationException(f"'{HUB}{name}' cannot be loaded: {reason}") from error
 
 
-def _table(path: Path) -> Any:
+def read_table(path: Path | list[Path]) -> Any:
+    """A table on disk: `.parquet` files, `.arrow`, or a folder that `datasets` saved.
+
+    Raises:
+        CorruptSampleError: it cannot be read.
+        MisconfigurationException: it holds several splits, or `datasets` is missing.
+    """
     try:
         from datasets import Dataset, load_from_disk
     except ImportError as error:
         raise MisconfigurationException(f"Reading '{path}' needs the package `datasets`.") from error
     try:
-        if path.suffix.lower() == ".parquet":
-            return Dataset.from_parquet(str(path))
+        if isinstance(path, list) or path.suffix.lower() == ".parquet":
+            files = path if isinstance(path, list) else [path]
+            return Dataset.from_parquet([str(file) for file in files])
         found = Dataset.from_file(str(path)) if path.suffix.lower() == ".arrow" else load_from_disk(str(path))
     except Exception as error:  # pyarrow and datasets raise nearly anything on damaged files
         cause = error.__cause__ or error

@@ -147,6 +147,37 @@ class HasFeatureStatistics(Protocol):
     def feature_statistics(self) -> tuple[Tensor, Tensor] | None: ...
 
 
+@runtime_checkable
+class HasMetrics(Protocol):
+    """Names of the metrics that the task is measured by."""
+
+    @property
+    def metrics(self) -> Sequence[str]: ...
+
+
+@runtime_checkable
+class HasParts(Protocol):
+    """Names of the parts that a split is evaluated in, one loader each."""
+
+    def parts(self, split: Any) -> Sequence[str]: ...
+
+
+@runtime_checkable
+class HasSubmissions(Protocol):
+    """Names of the files that a benchmark's site takes, by part of what is predicted."""
+
+    @property
+    def submissions(self) -> Mapping[str, str]: ...
+
+
+@runtime_checkable
+class HasTaskText(Protocol):
+    """Whether training reads the task's own training text."""
+
+    @property
+    def reads_task(self) -> bool: ...
+
+
 # What data sets have
 
 
@@ -213,6 +244,14 @@ class HasTokenizer(Protocol):
 
     @property
     def tokenizer(self) -> Any: ...
+
+
+@runtime_checkable
+class HasPrompt(Protocol):
+    """What the model wants in front of a sentence, or a template with `{0}` and `{1}` for sentences."""
+
+    @property
+    def prompt(self) -> str | None: ...
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ from timm.scheduler import create_scheduler_v2
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
+    LinearLR,
     LRScheduler,
     OneCycleLR,
     PolynomialLR,
@@ -17,8 +18,8 @@ from torch.optim.lr_scheduler import (
 def fixed_length(scheduler: LRScheduler | ReduceLROnPlateau) -> tuple[str, float] | None:
     """The option that fixes when a schedule reaches its end, and when that is; None if it has no end.
 
-    A warm-up ends early by design, so `LinearLR` and `ConstantLR` are none of these; of schedules in a row
-    the last one is asked.
+    A warm-up ends early by design, so a rising `LinearLR` and `ConstantLR` are none of these; of schedules in
+    a row the last one is asked.
     """
     if isinstance(scheduler, WarmupSchedule):
         options = scheduler._options
@@ -27,6 +28,8 @@ def fixed_length(scheduler: LRScheduler | ReduceLROnPlateau) -> tuple[str, float
     if isinstance(scheduler, SequentialLR):
         last = fixed_length(scheduler._schedulers[-1])
         return None if last is None else (f"milestones and {last[0]}", scheduler._milestones[-1] + last[1])
+    if isinstance(scheduler, LinearLR) and scheduler.end_factor < scheduler.start_factor:
+        return "total_iters", scheduler.total_iters
     for kind, option in (
         (CosineAnnealingLR, "T_max"),
         (OneCycleLR, "total_steps"),

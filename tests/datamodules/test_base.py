@@ -107,7 +107,7 @@ def test_refuses_options():
         ImageFolderDataModule(download=True)
     with pytest.raises(MisconfigurationException, match="DataModule has no sample"):
         DataModule(sample=True)
-    with pytest.raises(ValueError, match="batch sizes"):
+    with pytest.raises(ValueError, match=r"data.init_args.batch_size: must be positive, got 0"):
         CIFAR100DataModule(batch_size=0)
     with pytest.raises(ValueError, match="sample_classes"):
         CIFAR100DataModule(sample_classes=101)

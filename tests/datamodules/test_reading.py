@@ -105,9 +105,10 @@ def test_eight_bit_modes_are_what_pillow_makes_of_them(tmp_path, mode):
         image = Image.frombytes("LAB", image.size, COLOURS.tobytes())
     else:
         image = image.convert("LA").convert("PA") if mode == "PA" else image.convert(mode)
-    image.save(tmp_path / "x.tif")
-    expected = np.asarray(Image.open(tmp_path / "x.tif").convert("RGB"))
-    np.testing.assert_array_equal(pixels(tmp_path / "x.tif"), expected)
+    path = tmp_path / ("x.jpg" if mode == "YCbCr" else "x.tif")  # Pillow 12 cannot read the TIFF it writes
+    image.save(path)
+    expected = np.asarray(Image.open(path).convert("RGB"))
+    np.testing.assert_array_equal(pixels(path), expected)
     assert expected.std() > 10
 
 

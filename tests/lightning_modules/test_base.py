@@ -217,6 +217,12 @@ adamw = partial(torch.optim.AdamW, lr=0.1)
             r"total_steps.*40 optimiser",
         ),
         (partial(CosineAnnealingLR, T_max=3), {}, None),
+        (partial(LinearLR, start_factor=0.1, total_iters=2), {}, None),
+        (
+            partial(LinearLR, start_factor=1, end_factor=0, total_iters=9),
+            {},
+            r"LinearLR: its total_iters makes it 9 epochs long, but this run has 3",
+        ),
         (partial(OneCycleLR, max_lr=1.0, total_steps=13), {"lr_interval": "step"}, None),
         (partial(WarmupSchedule, epochs=2, warmup_epochs=1, warmup_prefix=True), {}, None),
         (partial(WarmupSchedule, warmup_epochs=1), {}, None),
@@ -257,6 +263,10 @@ class Wider(Scale):
             r"a.ckpt' is not of this Wider: .*of another shape: network.0.weight: \(1, 1",
         ),
         (lambda: Scale(optimizer=adamw), r"written with another optimizer: SGD, this run has AdamW"),
+        (
+            lambda: Scale(optimizer=sgd, lr_scheduler=partial(CosineAnnealingLR, T_max=2)),
+            r"written with 0 learning rate schedules, and this run has 1",
+        ),
         (lambda: Scale(optimizer=sgd, decay_1d=False), r"its groups have 5 tensors, those of this run 4, 1"),
     ],
 )

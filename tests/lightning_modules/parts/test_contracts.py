@@ -12,14 +12,24 @@ from torch import nn
 from datamodules import (
     CIFAR100DataModule,
     CocoDataModule,
+    EntityDataModule,
     FakeImagesDataModule,
+    GlueDataModule,
     ImageFolderDataModule,
     ImageNetDataModule,
     ImagesDataModule,
     TextDataModule,
 )
 from datamodules.base import DataModule
-from lightning_modules import CausalLanguageModel, CNNDetector, DecoDetector, GenDet, ImageClassifier
+from lightning_modules import (
+    CausalLanguageModel,
+    CNNDetector,
+    DataFreeDistillation,
+    DecoDetector,
+    GenDet,
+    ImageClassifier,
+    TextClassifier,
+)
 from lightning_modules.gendet import LinearProbe, NearestNeighbors
 from lightning_modules.parts import contracts
 from lightning_modules.parts.contracts import (
@@ -38,6 +48,7 @@ from lightning_modules.parts.contracts import (
     HasNormalize,
     HasNumClasses,
     HasPrintedNames,
+    HasPrompt,
     HasRoot,
     HasSeenGenerators,
     HasSequenceLength,
@@ -66,6 +77,8 @@ DATA = {
     CocoDataModule: (HasClassNames, HasNumClasses, HasCategoryIds),
     FakeImagesDataModule: GENERATORS,
     TextDataModule: (HasSequenceLength, HasCalibrationSegments),
+    GlueDataModule: (HasClassNames, HasNumClasses, HasCalibrationSegments),
+    EntityDataModule: (HasClassNames, HasNumClasses),
 }
 SPECIAL = {*CLASSES, *GENERATORS, HasCategoryIds, HasSequenceLength, HasCalibrationSegments}
 METHODS = {
@@ -76,6 +89,8 @@ METHODS = {
     LinearProbe: (HasTrainingLabels, HasInferenceInputs, HasInference),
     CNNDetector: (HasNormalize, HasInferenceInputs, HasInference),
     NearestNeighbors: (HasTrainingLabels, HasInferenceInputs, HasInference),
+    TextClassifier: (HasTokenizer, HasInferenceInputs, HasInference),
+    DataFreeDistillation: (HasTokenizer, HasPrompt, HasNetwork, HasInferenceInputs, HasInference),
 }
 
 
