@@ -103,7 +103,7 @@ class HasCalibrationSegments(Protocol):
 
 @runtime_checkable
 class HasCalibrationBatches(Protocol):
-    """Batches of so many training samples to calibrate with, as evaluation reads them, the same on all ranks."""
+    """Batches of so many training samples, read as for evaluation, the same on all ranks."""
 
     def calibration_batches(self, count: int) -> Sequence[Any]: ...
 

@@ -19,9 +19,8 @@ from lightning_modules.parts.contracts import (
     optional,
 )
 
-
 OutputKind = Literal["classes", "bernoulli", "probability", "number"]
-"""What an output means: logits of classes along the last axis, logits of yes or no, a number in [0, 1], any number."""
+"""What an output means: logits of classes along the last axis, of yes or no, a number in [0, 1], any."""
 
 
 @dataclass(frozen=True)

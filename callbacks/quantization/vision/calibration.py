@@ -1,4 +1,4 @@
-"""Calibration of a vision network: what its layers see, the gradients of its outputs, and the search, layer by layer."""
+"""Calibration of a vision network: what its layers see, the gradients of its outputs, and the search."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,7 +66,8 @@ class Calibration:
             unit.install()
 
     def _groups(self, names: list[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
-        group, held = [], 0
+        group: list[str] = []
+        held = 0
         for name in names:
             if group and held + sizes.get(name, 0) > self._cache_bytes:
                 yield group
@@ -143,7 +144,7 @@ class Record:
         self.gradient = gradient.detach()
 
     def captured(self) -> Captured:
-        """Inputs and gradient; ones where none came back or all are zero, so that no error looks like none."""
+        """Inputs and gradient; ones where all of it is zero, or every error would look like none."""
         gradient = self.gradient
         if gradient is None or not gradient.any():
             gradient = self.like
@@ -170,6 +171,6 @@ def warn_of_skipped(skipped: Sequence[str]) -> None:
     """Say what stays in full precision because it is out of reach."""
     if skipped:
         rank_zero_warn(
-            f"HessianPTQ: the products and projections of nn.MultiheadAttention stay in full precision in "
+            "HessianPTQ: the products and projections of nn.MultiheadAttention stay in full precision in "
             f"{', '.join(skipped)}."
         )

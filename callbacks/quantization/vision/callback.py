@@ -56,7 +56,8 @@ class HessianPTQ(EvaluationQuantizer):
             latency against the float network in onnxruntime; needs 8 bits everywhere.
         steps: another file of steps than `<run>/ptq_steps.pt`.
         resume: take steps from the file if it is there; false calibrates anew.
-        tolerance: largest absolute difference of an output of the exported network in onnxruntime from torch's.
+        tolerance: largest absolute difference of an output of the exported network, in onnxruntime, from
+            torch's.
         cache_bytes: inputs and gradients that are kept at once; more takes further passes.
 
     The options of `PTQSettings` come before these.
@@ -99,8 +100,8 @@ class HessianPTQ(EvaluationQuantizer):
             for bits in (settings.bits, settings.activation_bits):
                 if bits not in (8, 16, 32):
                     raise OptionError(
-                        f"export: onnx writes integers of 8 bits, and {settings.scheme} has {bits}: set bits and "
-                        "activation_bits to 8, or export: none."
+                        f"export: onnx writes integers of 8 bits, and {settings.scheme} has {bits}: set bits "
+                        "and activation_bits to 8, or export: none."
                     )
 
     # When
@@ -109,8 +110,8 @@ class HessianPTQ(EvaluationQuantizer):
         """Refuse what is no vision network."""
         if isinstance(module, CausalLanguageModel):
             raise MisconfigurationException(
-                f"HessianPTQ quantizes networks of images; {type(module).__name__} is a language model: use RTN, "
-                "GPTQ or CBQ."
+                f"HessianPTQ quantizes networks of images; {type(module).__name__} is a language model: use "
+                "RTN, GPTQ or CBQ."
             )
         if not any(isinstance(part, LAYERS) for part in student_of(module).modules()):
             raise MisconfigurationException(
@@ -192,7 +193,8 @@ class HessianPTQ(EvaluationQuantizer):
         data = optional(datamodule_of(trainer), HasCalibrationBatches)
         if data is None:
             raise MisconfigurationException(
-                f"{refusal}: this run's data have no `calibration_batches`. Run `test` with a data module first."
+                f"{refusal}: this run's data have no `calibration_batches`. Run `test` with a data module "
+                "first."
             )
         try:
             batches = data.calibration_batches(self.settings.calibration_images)
@@ -204,8 +206,8 @@ class HessianPTQ(EvaluationQuantizer):
             inputs = inputs_of(module, moved)
             if inputs is None:
                 raise MisconfigurationException(
-                    f"HessianPTQ finds no `image` in a calibration batch: give {type(module).__name__} a method "
-                    "`inference_inputs(batch)`."
+                    f"HessianPTQ finds no `image` in a calibration batch: give {type(module).__name__} a "
+                    "method `inference_inputs(batch)`."
                 )
             found.append(inputs)
         return found

@@ -1,7 +1,7 @@
-"""The quantized network with the integers of a runtime: int8 weights, QuantizeLinear and DequantizeLinear in ONNX.
+"""The quantized network with the integers of a runtime: int8 weights and QDQ nodes in ONNX.
 
-Two ranges of an operand are two products, whose sum is exact; steps of heads are taken out of the product. Nothing of what was
-measured in torch changes but the order of float additions.
+Two ranges of an operand are two products, whose sum is exact; steps of heads are taken out of the product.
+Nothing of what was measured in torch changes but the order of float additions.
 """
 
 import statistics
@@ -88,6 +88,7 @@ class IntegerOperand(nn.Module):
     """
 
     factor: Tensor | None
+    split: Tensor
 
     def __init__(self, operand: Operand) -> None:
         super().__init__()
@@ -137,7 +138,7 @@ class IntegerLayer(nn.Module):
 
     def __init__(self, unit: QuantizedLayer) -> None:
         super().__init__()
-        layer = unit.layer
+        layer: Any = unit.layer
         self._layer = (layer,)  # a tuple: not a part of this one
         self.linear = unit.linear
         self.input = None if unit.input is None else IntegerOperand(unit.input)

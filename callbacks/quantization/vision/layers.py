@@ -168,8 +168,8 @@ class QuantizedLayer(QuantizedUnit):
             rows = x.flatten(0, -2)
             product = F.linear(rows, candidates.flatten(0, 1))  # all candidates in one product
             error = chunk.output.flatten(0, -2)[:, None] - product.view(len(rows), len(steps), -1)
-            if self.layer.bias is not None:
-                error = error - self.layer.bias
+            if isinstance(bias := self.layer.bias, Tensor):
+                error = error - bias
             error = (error * chunk.gradient.flatten(0, -2)[:, None]).square().sum(0)
         else:
             error = (chunk.output - self._run_weights(x, candidates)) * chunk.gradient
@@ -368,6 +368,6 @@ def _alternate(
             if key not in found or options.every:
                 found[key] = search.best(options)
             unit.indices[name], unit.operands()[name].step, unit.objective = found[key]
-        if all(torch.equal(before[name], operand.step) for name, operand in unit.operands().items()):
-            if not options.every:
-                break
+        settled = all(torch.equal(before[name], operand.step) for name, operand in unit.operands().items())
+        if settled and not options.every:
+            break

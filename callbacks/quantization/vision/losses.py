@@ -1,4 +1,6 @@
-"""Where the gradients of a calibration come from (spec 2.5): a loss on what the network says, by what its outputs are."""
+"""Where the gradients of a calibration come from: a loss on what the network says, by what its outputs are
+(TinySAM, section 2.5 of the specification).
+"""
 
 from collections.abc import Mapping
 from typing import Literal

@@ -1,7 +1,8 @@
 """Quantizers of what goes into a layer or a product (TinySAM, spec 2.5), as functions and as modules.
 
-All round half to even to codes of `bits` bits: qmax = 2^(bits - 1), signed codes are -qmax..qmax - 1. Steps broadcast against
-what they quantize: (1,) for a whole tensor, (1, heads, 1, 1), (rows, 1), (channels, 1, 1, 1).
+All round half to even to codes of `bits` bits: qmax = 2^(bits - 1), signed codes are -qmax..qmax - 1. Steps
+broadcast against what they quantize: (1,) for a whole tensor, (1, heads, 1, 1), (rows, 1),
+(channels, 1, 1, 1).
 """
 
 from abc import ABC, abstractmethod

@@ -1,14 +1,15 @@
 """Attention's matrix products as modules, in networks that were written without any.
 
-Attention is found by what it computes, not by its class: `scaled_dot_product_attention`, or a product whose result goes
-through a softmax into a second product. The module that computes it is given a list `products` and a class of its own, whose
-forward pass sends these calls through the list (a TorchFunctionMode); fused attention is computed in its three steps. Names of
-parameters do not change, and the module stays an instance of its class.
+Attention is found by what it computes, not by its class: `scaled_dot_product_attention`, or a product whose
+result goes through a softmax into a second product. The module that computes it is given a list `products`
+and a class of its own, whose forward pass sends these calls through the list (a TorchFunctionMode); fused
+attention is computed in its three steps. Names of parameters do not change, and the module stays an instance
+of its class.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ class ProductMode(TorchFunctionMode):
         products: one for every call of a product; None where it is no attention.
     """
 
-    _running: "list[ProductMode | None]" = []
+    _running: ClassVar[list[Any]] = []  # modes, and None for `no_products`
 
     def __init__(self, products: Sequence[Product | None]) -> None:
         super().__init__()
@@ -133,20 +134,20 @@ def attention(
 class WithProducts(nn.Module):
     """Mixed into the class of a module that computes attention."""
 
-    products: nn.ModuleList
-    product_calls: tuple[int | None, ...]
+    products: Any
+    product_calls: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own."""
         calls = [None if number is None else self.products[number] for number in self.product_calls]
-        with ProductMode(calls):  # type: ignore[arg-type]
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with ProductMode(calls):
+            return super().forward(*args, **kwargs)
 
 
 _CLASSES: dict[type, type] = {}
 
 
-def install_products(module: nn.Module, calls: Sequence[str | None]) -> None:
+def install_products(module: Any, calls: Sequence[str | None]) -> None:
     """Make the products of a module's forward pass modules of a list `products`.
 
     Args:
@@ -157,6 +158,6 @@ def install_products(module: nn.Module, calls: Sequence[str | None]) -> None:
     if kind not in _CLASSES:
         _CLASSES[kind] = type(f"Quantized{kind.__name__}", (WithProducts, kind), {})
     numbers = iter(range(len(calls)))
-    module.product_calls = tuple(None if call is None else next(numbers) for call in calls)  # type: ignore[assignment]
+    module.product_calls = tuple(None if call is None else next(numbers) for call in calls)
     module.products = nn.ModuleList(Product(call == "values") for call in calls if call is not None)
     module.__class__ = _CLASSES[kind]

@@ -1,8 +1,9 @@
 """The grid search of a step: the candidate whose output is nearest to the layer's own, weighted by gradients.
 
-What is minimised is the sum over calibration samples of the mean of (g (O - O'))^2 (spec 2.5). It is a sum of terms that are
-not negative, so a candidate whose sum over some of the samples exceeds another's sum over all of them cannot win: it is left
-out of the rest. The result is that of trying every candidate on every sample.
+What is minimised is the sum over calibration samples of the mean of (g (O - O'))^2 (spec 2.5). It is a sum
+of terms that are not negative, so a candidate whose sum over some of the samples exceeds another's sum over
+all of them cannot win: it is left out of the rest. The result is that of trying every candidate on every
+sample.
 """
 
 from collections.abc import Callable, Sequence

@@ -67,8 +67,8 @@ class Structure:
 
 
 @torch.no_grad()
-def fold(convolution: nn.Module, norm: nn.Module) -> None:
-    """Move a batch norm into the convolution before it; it stays in its place and changes nothing any more."""
+def fold(convolution: Any, norm: Any) -> None:
+    """Move a batch norm into the convolution before it; it stays in its place and changes nothing more."""
     weight, bias = fuse_conv_bn_weights(
         convolution.weight,
         convolution.bias,
@@ -76,12 +76,12 @@ def fold(convolution: nn.Module, norm: nn.Module) -> None:
         norm.running_var,
         norm.eps,
         norm.weight,
-        norm.bias,  # type: ignore[arg-type]
+        norm.bias,
     )
-    convolution.weight.copy_(weight)  # type: ignore[operator, union-attr]
+    convolution.weight.copy_(weight)
     convolution.bias = nn.Parameter(bias, requires_grad=weight.requires_grad)
-    norm.running_mean.zero_()  # type: ignore[operator, union-attr]
-    norm.running_var.fill_(1 - norm.eps)  # type: ignore[operator, union-attr]
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1 - norm.eps)
     for name, value in (("weight", 1.0), ("bias", 0.0)):
         if isinstance(tensor := getattr(norm, name), Tensor):
             tensor.fill_(value)

@@ -112,17 +112,17 @@ def test_what_is_quantized_and_reported(calibrated):
 
 
 def test_predict_without_steps_or_training_images_is_refused(tmp_path):
-    with pytest.raises(MisconfigurationException, match="has no steps in .*no training images"):
+    with pytest.raises(MisconfigurationException, match=r"has no steps in .*no training images"):
         trainer(tmp_path, HessianPTQ(**options())).predict(classifier(), datamodule=Data(training=False))
 
 
 def test_steps_of_other_weights_or_options_are_refused(calibrated):
     folder, _ = calibrated
-    with pytest.raises(MisconfigurationException, match="other settings.*weights"):
-        module = classifier()
-        nn.init.ones_(module.network.head.weight)
+    module = classifier()
+    nn.init.ones_(module.network.head.weight)
+    with pytest.raises(MisconfigurationException, match=r"other settings.*weights"):
         trainer(folder, HessianPTQ(**options())).predict(module, datamodule=Data())
-    with pytest.raises(MisconfigurationException, match="other settings.*options"):
+    with pytest.raises(MisconfigurationException, match=r"other settings.*options"):
         trainer(folder, HessianPTQ(**options(bits=4))).predict(classifier(), datamodule=Data())
 
 
