@@ -231,6 +231,15 @@ class HasInferenceInputs(Protocol):
 
 
 @runtime_checkable
+class HasCalibrationPass(Protocol):
+    """What is calibrated beyond the inference path: inputs of an evaluation batch, and outputs by name."""
+
+    def calibration_inputs(self, batch: Any) -> Mapping[str, Tensor]: ...
+
+    def calibration_outputs(self, *inputs: Tensor) -> Mapping[str, Tensor]: ...
+
+
+@runtime_checkable
 class HasInference(Protocol):
     """An `InferenceSpec`: names of outputs, free sizes, and what a throughput counts."""
 

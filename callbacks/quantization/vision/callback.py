@@ -17,7 +17,7 @@ from callbacks.quantization.base import EvaluationQuantizer
 from callbacks.quantization.ranks import of_first_rank
 from callbacks.quantization.scheme import VisionScheme, assigned
 from callbacks.quantization.store import IdentifiedFile
-from callbacks.quantization.vision.calibration import Batch, Calibration, warn_of_skipped
+from callbacks.quantization.vision.calibration import Batch, Calibration, Forward, warn_of_skipped
 from callbacks.quantization.vision.integers import compare_files, export_float, export_integers
 from callbacks.quantization.vision.layers import QuantizedUnit
 from callbacks.quantization.vision.observe import LAYERS, observe
@@ -26,7 +26,12 @@ from callbacks.quantization.vision.settings import PTQSettings
 from callbacks.quantization.vision.structure import Form, Structure, as_plain, install_plain, unit_of
 from callbacks.run.directory import announce, run_directory, write_json
 from lightning_modules.language_model import CausalLanguageModel
-from lightning_modules.parts.contracts import HasCalibrationBatches, datamodule_of, optional
+from lightning_modules.parts.contracts import (
+    HasCalibrationBatches,
+    HasCalibrationPass,
+    datamodule_of,
+    optional,
+)
 from lightning_modules.parts.frozen import evaluating, weights_digest
 from lightning_modules.parts.inference import (
     InferencePath,
@@ -172,7 +177,7 @@ class HessianPTQ(EvaluationQuantizer):
         float_file = None
         if self.export == "onnx":
             assert batches is not None
-            float_file = export_float(module, batches[0], run_directory(trainer))
+            float_file = export_float(module, _inputs(module, batches[0]), run_directory(trainer))
         if saved is None:
             assert batches is not None
             saved = self._calibrated(trainer, module, batches)
@@ -182,13 +187,13 @@ class HessianPTQ(EvaluationQuantizer):
             self.units = install_plain(student_of(module), saved["plain"])
         if float_file is not None:
             assert batches is not None
-            saved["report"]["onnx"] = self._export(trainer, module, batches[0], float_file)
+            saved["report"]["onnx"] = self._export(trainer, module, _inputs(module, batches[0]), float_file)
         return {"plain": saved["plain"], "report": saved["report"]}
 
     # Calibration
 
-    def _batches(self, trainer: Trainer, module: LightningModule, path: Path) -> list[dict[str, Tensor]]:
-        """Inputs of the calibration images, on the device."""
+    def _batches(self, trainer: Trainer, module: LightningModule, path: Path) -> list[Any]:
+        """The calibration images, on the device."""
         refusal = f"HessianPTQ has no steps in '{path}' and no training images to find them with"
         data = optional(datamodule_of(trainer), HasCalibrationBatches)
         if data is None:
@@ -200,29 +205,13 @@ class HessianPTQ(EvaluationQuantizer):
             batches = data.calibration_batches(self.settings.calibration_images)
         except (MisconfigurationException, OSError, ValueError) as error:
             raise MisconfigurationException(f"{refusal} ({error}) Run `test` or `validate` first.") from error
-        found = []
-        for batch in batches:
-            moved = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-            inputs = inputs_of(module, moved)
-            if inputs is None:
-                raise MisconfigurationException(
-                    f"HessianPTQ finds no `image` in a calibration batch: give {type(module).__name__} a "
-                    "method `inference_inputs(batch)`."
-                )
-            found.append(inputs)
-        return found
+        return [trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in batches]
 
-    def _calibrated(
-        self, trainer: Trainer, module: LightningModule, batches: list[dict[str, Tensor]]
-    ) -> dict[str, Any]:
+    def _calibrated(self, trainer: Trainer, module: LightningModule, batches: list[Any]) -> dict[str, Any]:
         began = time.perf_counter()
-        network, path, spec = student_of(module), InferencePath(module), spec_of(module)
-        values: list[Batch] = [tuple(batch.values()) for batch in batches]
-
-        def forward(batch: Batch) -> Mapping[str, Tensor]:
-            return dict(named_outputs(path(*batch), spec.outputs))
-
-        seen = observe(network, lambda: path(*values[0]))
+        network, spec = student_of(module), spec_of(module)
+        values, forward = _passes(module, batches)
+        seen = observe(network, lambda: forward(values[0]))
         warn_of_skipped(seen.skipped)
         structure = Structure.of(seen)
         structure.apply(network)
@@ -262,6 +251,27 @@ class HessianPTQ(EvaluationQuantizer):
             return {**exported, **compare_files(float_file, path, inputs)}
         finally:
             float_file.unlink(missing_ok=True)
+
+
+def _passes(module: LightningModule, batches: list[Any]) -> tuple[list[Batch], Forward]:
+    """What goes through the network, and how: by the inference path, or the pass that the module declares."""
+    whole = optional(module, HasCalibrationPass)
+    if whole is not None:
+        inputs = [tuple(whole.calibration_inputs(batch).values()) for batch in batches]
+        return inputs, lambda batch: whole.calibration_outputs(*batch)
+    path, names = InferencePath(module), spec_of(module).outputs
+    inputs = [tuple(_inputs(module, batch).values()) for batch in batches]
+    return inputs, lambda batch: dict(named_outputs(path(*batch), names))
+
+
+def _inputs(module: LightningModule, batch: Any) -> dict[str, Tensor]:
+    inputs = inputs_of(module, batch)
+    if inputs is None:
+        raise MisconfigurationException(
+            f"HessianPTQ finds no `image` in a calibration batch: give {type(module).__name__} a method "
+            "`inference_inputs(batch)`."
+        )
+    return inputs
 
 
 def _full_precision(module: LightningModule) -> Any:
