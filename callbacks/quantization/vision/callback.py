@@ -215,6 +215,7 @@ class HessianPTQ(EvaluationQuantizer):
         warn_of_skipped(seen.skipped)
         structure = Structure.of(seen)
         structure.apply(network)
+        structure.sort(network, lambda: forward(values[0]))
         types = {name: _kind(network.get_submodule(name)) for name in structure.order}
         schemes = assigned(types, self.settings.scheme, self.targets, self.ignore, self.overrides)
         schemes = {n: s for n, s in schemes.items() if types[n] != "Product" or s.activation_bits < 16}

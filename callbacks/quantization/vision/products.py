@@ -91,7 +91,7 @@ class ProductMode(TorchFunctionMode):
     def _next(self) -> Product | None:
         self._calls += 1
         if self._calls > len(self._products):
-            self._calls = 1  # the module computes its attention more than once
+            return None  # what calibration did not see, such as another policy's similarities
         return self._products[self._calls - 1]
 
 

@@ -1,6 +1,6 @@
 """A network made ready to be quantized, and its quantized form as plain tensors and numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -49,7 +49,7 @@ class Structure:
 
     @classmethod
     def of(cls, seen: Observation) -> "Structure":
-        """From what was seen; products come behind the layers, wherever they are computed."""
+        """From what was seen; products come behind the layers, until `sort` knows better."""
         products = {name: calls for name, calls in seen.products.items() if any(calls)}
         names = [
             f"{name}.products.{number}".removeprefix(".")
@@ -57,6 +57,22 @@ class Structure:
             for number in range(sum(call is not None for call in calls))
         ]
         return cls(dict(seen.folds), products, sorted(seen.after_gelu), [*seen.order, *names])
+
+    def sort(self, network: nn.Module, run: Callable[[], Any]) -> None:
+        """Put layers and products in the order in which `run()` calls them first."""
+        called: dict[str, None] = {}
+
+        def note(name: str) -> Callable[..., None]:
+            return lambda *_: called.setdefault(name)
+
+        handles = [network.get_submodule(name).register_forward_pre_hook(note(name)) for name in self.order]
+        try:
+            with torch.no_grad():
+                run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.order = [*called, *(name for name in self.order if name not in called)]
 
     def apply(self, network: nn.Module) -> None:
         """Fold and install; the outputs stay what they are up to rounding."""
