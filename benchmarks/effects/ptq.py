@@ -23,8 +23,8 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 
 from callbacks import HessianPTQ
 from datamodules import CIFAR100DataModule
-from datamodules.transforms import ImageTransforms
 from datamodules.samples.sa1b import write_sa1b
+from datamodules.transforms import ImageTransforms
 from lightning_modules import ImageClassifier, TinySAMModule
 from lightning_modules.tinysam import Protocol
 
