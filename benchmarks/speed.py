@@ -1,7 +1,7 @@
 """Speed against what a user would pick instead, measured in one run, as ratios with repeats.
 
     python benchmarks/speed.py overhead [--repeats 3] [--steps 60]
-    python benchmarks/speed.py ofakd | rpg | ppt | deco | gendet | dfkd | tinysam_train ... [options]
+    python benchmarks/speed.py ofakd | rpg | ppt | deco | gendet | dfkd | ptq | tinysam_train ... [options]
 
 Each subject is a file `speed_<subject>.py` beside this one; `--help` after the subject lists its options.
 """

@@ -25,7 +25,7 @@ from callbacks.measure.lm_eval import LMEvaluation
 from callbacks.measure.stage_logger import StageLogger
 from callbacks.objective import ObjectiveCallback
 from callbacks.pruning import MagnitudePruning, PruningCallback, RankPruning, RigL
-from callbacks.quantization import CBQ, GPTQ, RTN, QuantizationCallback
+from callbacks.quantization import CBQ, GPTQ, RTN, HessianPTQ, QuantizationCallback
 from callbacks.run.checkpointing import AtomicCheckpointIO, RunCheckpoint
 from callbacks.run.lock import RunLock
 from callbacks.run.log_lines import LogLines
@@ -73,6 +73,7 @@ __all__ = [
     "FrozenNetwork",
     "GeneratedTextWriter",
     "GeneratorReport",
+    "HessianPTQ",
     "LMEvaluation",
     "LogLines",
     "MagnitudePruning",

@@ -211,6 +211,27 @@ class DataModule(LightningDataModule):
             epoch_end=epoch_end,
         )
 
+    def calibration_batches(self, count: int) -> list[Any]:
+        """Batches of ``count`` training samples (all of them, if there are fewer), spread evenly over the
+        training data and transformed as for evaluation; the same on all ranks.
+
+        Raises:
+            MisconfigurationException: there is no training data.
+        """
+        if "train" not in self.datasets:
+            self.setup("fit")
+        dataset = self._dataset("train")
+        seeded = SeededDataset(dataset, None, self.transform("val"))
+        length = len(seeded)
+        if length == 0:
+            raise DataError(f"{type(self).__name__}: the train data in {self.root} has no samples.")
+        chosen = [length * place // min(count, length) for place in range(min(count, length))]
+        size, collate = self.eval_batch_size or self.batch_size, self.collation()
+        return [
+            collate([seeded[index] for index in chosen[start : start + size]])
+            for start in range(0, len(chosen), size)
+        ]
+
     def _dataset(self, split: str) -> Dataset[Any]:
         if split not in self.datasets:
             raise MisconfigurationException(f"{type(self).__name__} has no {split} data.")

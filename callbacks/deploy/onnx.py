@@ -180,6 +180,7 @@ def export_onnx(
     tolerance: float = 1e-4,
     opset: int | None = None,
     spec: InferenceSpec = InferenceSpec(),
+    translations: Mapping[Any, Any] | None = None,
 ) -> dict[str, Any]:
     """Export `network` with a free batch size to `path`, if onnxruntime gives what torch gives.
 
@@ -191,6 +192,8 @@ def export_onnx(
         tolerance: largest absolute difference of any output.
         opset: ONNX operator set; None takes the exporter's own.
         spec: names of outputs and of free sizes.
+        translations: `{operator of torch: function of onnxscript}` for operators that the exporter does not
+            know.
 
     Returns:
         `path`, `bytes`, `opset`, `max_abs_difference`, `tolerance`, `export_seconds`.
@@ -209,7 +212,7 @@ def export_onnx(
     inputs = named_inputs(inputs)
     batches = _batches(inputs, spec)
     _check_free_sizes(network, batches)
-    program = _traced(network, spec.rows(inputs, 2), opset, spec)
+    program = _traced(network, spec.rows(inputs, 2), opset, spec, translations)
     large = state_dict_bytes(network) > PROTOBUF_LIMIT
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as directory:
         # weights beside the graph get a name of their own: an older pair stays whole until the new one is
@@ -278,7 +281,11 @@ def _check_free_sizes(network: nn.Module, batches: Sequence[tuple[Tensor, ...]])
 
 
 def _traced(
-    network: nn.Module, inputs: Mapping[str, Tensor], opset: int | None, spec: InferenceSpec
+    network: nn.Module,
+    inputs: Mapping[str, Tensor],
+    opset: int | None,
+    spec: InferenceSpec,
+    translations: Mapping[Any, Any] | None = None,
 ) -> "torch.onnx.ONNXProgram":
     outputs = [name for name, _ in named_outputs(network(*inputs.values()), spec.outputs)]
     sizes = {called: torch.export.Dim(called) for name in inputs for called in spec.axes(name).values()}
@@ -298,6 +305,7 @@ def _traced(
                 output_names=outputs,
                 dynamic_shapes=(shapes,) if together else shapes,
                 opset_version=opset,
+                custom_translation_table=dict(translations or {}) or None,
                 verbose=False,
             )
     except Exception as error:  # the exporter raises whatever its many stages raise

@@ -1,4 +1,4 @@
-"""Post-training quantization of language models: RTN, GPTQ and CBQ, and the pieces that they are made of."""
+"""Post-training quantization: RTN, GPTQ and CBQ of language models, HessianPTQ of vision networks."""
 
 from callbacks.deploy.compressed_tensors import export_model
 from callbacks.quantization.base import QuantizationCallback
@@ -9,6 +9,7 @@ from callbacks.quantization.rtn import RTN
 from callbacks.quantization.scheme import Scheme, resolve_schemes
 from callbacks.quantization.sequential import SequentialGPTQ
 from callbacks.quantization.settings import CrossBlockSettings
+from callbacks.quantization.vision import HessianPTQ, PTQSettings
 
 __all__ = [
     "CBQ",
@@ -16,6 +17,8 @@ __all__ = [
     "RTN",
     "CrossBlock",
     "CrossBlockSettings",
+    "HessianPTQ",
+    "PTQSettings",
     "QuantizationCallback",
     "Scheme",
     "SequentialGPTQ",

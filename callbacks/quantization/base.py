@@ -36,13 +36,70 @@ from lightning_modules.text_classifier import TextClassifier
 Export = Literal["none", "dense", "compressed-tensors", "both"]
 
 
-class QuantizationCallback(Callback, ABC):
+class EvaluationQuantizer(Callback, ABC):
+    """When every quantizer acts: once, at the start of `validate`, `test` or `predict`; `fit` is left alone.
+
+    What is measured then, and what stays behind, is the quantized network. `test --ckpt_path auto` quantizes
+    what `fit` has trained.
+    """
+
+    name: str
+
+    def __init__(self) -> None:
+        self.report: dict[str, Any] = {}
+        self._done = False
+
+    @abstractmethod
+    def check_run(self, trainer: Trainer, module: LightningModule) -> None:
+        """Find every mistake before anything is computed."""
+
+    @abstractmethod
+    def run(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:
+        """Quantize and report; `loaders` are those that are evaluated on, None in `predict`."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find every mistake before anything is computed."""
+        if stage == "fit" or self._done:
+            return
+        if is_sharded(trainer.strategy):
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs whole weights on each rank; {type(trainer.strategy).__name__} "
+                "shards them. Use one device, or DDP to share the calibration."
+            )
+        self.check_run(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Quantize, in `validate`; the validations inside a `fit` are of the model that is trained."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._once(trainer, pl_module, trainer.val_dataloaders)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Quantize, in `test`."""
+        self._once(trainer, pl_module, trainer.test_dataloaders)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Quantize, in `predict`."""
+        self._once(trainer, pl_module, None)
+
+    def _once(self, trainer: Trainer, module: LightningModule, loaders: Any) -> None:
+        if not self._done:
+            self.run(trainer, module, loaders)
+            self._done = True
+
+    def results(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """The report without its long lists, which are in `<name>_report.json`; the metrics after are the
+        run's own.
+        """
+        return {
+            key: value for key, value in self.report.items() if key not in ("layers", "windows", "blocks")
+        }
+
+
+class QuantizationCallback(EvaluationQuantizer):
     """What RTN, GPTQ and CBQ have in common: which layers, how, when, the export and the report.
 
-    The model is quantized once, at the start of `validate`, `test` or `predict`; `fit` is left alone. What is
-    measured then, and what stays behind, is the quantized model: plain weights in their places, and hooks
-    that quantize activations where that was asked for. `test --ckpt_path auto` quantizes what `fit` has
-    trained.
+    When is `EvaluationQuantizer`'s. What stays behind are plain weights in their places, and hooks that
+    quantize activations where that was asked for.
 
     Args:
         targets: which linear layers inside the blocks: globs over their names, class names, or `re:` and a
@@ -62,7 +119,6 @@ class QuantizationCallback(Callback, ABC):
         MisconfigurationException: the module is no CausalLanguageModel, or the model has no such layers.
     """
 
-    name: str
     takes_encoders = True
 
     @options_of(Scheme)
@@ -77,6 +133,7 @@ class QuantizationCallback(Callback, ABC):
         export: Export = "none",
         baseline: bool = True,
     ) -> None:
+        super().__init__()
         self.scheme = settings
         self.targets = targets or ["*"]
         self.ignore = ignore or []
@@ -85,9 +142,7 @@ class QuantizationCallback(Callback, ABC):
         self.export = export
         self.baseline = baseline
         self.matrices: dict[str, QuantizedMatrix] = {}
-        self.report: dict[str, Any] = {}
         self._handles: list[RemovableHandle] = []
-        self._done = False
 
     @abstractmethod
     def quantize(
@@ -107,29 +162,9 @@ class QuantizationCallback(Callback, ABC):
 
     # When
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find every mistake before anything is computed."""
-        if stage == "fit" or self._done:
-            return
-        if is_sharded(trainer.strategy):
-            raise MisconfigurationException(
-                f"{type(self).__name__} needs whole weights on each rank; {type(trainer.strategy).__name__} "
-                "shards them. Use one device, or DDP to share the calibration."
-            )
-        self._resolve(self._model(pl_module))
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Quantize, in `validate`; the validations inside a `fit` are of the model that is trained."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._run(trainer, self._model(pl_module), trainer.val_dataloaders)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Quantize, in `test`."""
-        self._run(trainer, self._model(pl_module), trainer.test_dataloaders)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Quantize, in `predict`."""
-        self._run(trainer, self._model(pl_module), None)
+    def check_run(self, trainer: Trainer, module: LightningModule) -> None:
+        """That the module and its layers can be quantized so."""
+        self._resolve(self._model(module))
 
     def release(self) -> None:
         """Stop quantizing activations; the weights stay as they are."""
@@ -184,9 +219,9 @@ class QuantizationCallback(Callback, ABC):
                 f"{type(self).__name__} learns none: use dynamic_token, or CBQ."
             )
 
-    def _run(self, trainer: Trainer, module: CausalLanguageModel, loaders: Any) -> None:
-        if self._done:
-            return
+    def run(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:
+        """Quantize, export, report."""
+        module = self._model(pl_module)
         blocks, schemes = self._resolve(module)
         before = None
         if self.baseline and loaders is not None and isinstance(module, CausalLanguageModel):
@@ -199,7 +234,6 @@ class QuantizationCallback(Callback, ABC):
         with torch.inference_mode(False), torch.enable_grad():
             self.matrices, self._handles, details = self.quantize(trainer, module, blocks, schemes)
         module.network.train(training)
-        self._done = True
         self.report = describe(module.network, self.matrices, self.scheme) | details
         if before is not None:
             self.report["perplexity_before"] = before
@@ -260,14 +294,6 @@ class QuantizationCallback(Callback, ABC):
                 self.report["exported"] = exported
             write_json(directory / f"{self.name}_report.json", self.report)
         trainer.strategy.barrier("QuantizationCallback.export")
-
-    def results(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """The report without its long lists, which are in `<name>_report.json`; the perplexity after is a
-        metric.
-        """
-        return {
-            key: value for key, value in self.report.items() if key not in ("layers", "windows", "blocks")
-        }
 
 
 def network_device(network: nn.Module) -> torch.device:

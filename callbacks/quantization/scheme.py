@@ -1,10 +1,10 @@
-"""What is quantized how: one vocabulary for RTN, GPTQ and CBQ."""
+"""What is quantized how: one vocabulary for RTN, GPTQ and CBQ, and for vision networks."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -56,6 +56,35 @@ class Scheme:
         return self.bits < 16 or self.activation_bits < 16
 
 
+@dataclass(frozen=True)
+class VisionScheme:
+    """How one layer or product of a vision network is quantized.
+
+    Args:
+        bits: of a layer's weight, 2..8; 16 or 32 leave it alone.
+        activation_bits: of a layer's input and of both operands of attention's products, 2..8; 16 or 32 leave
+            them alone.
+    """
+
+    bits: int = 8
+    activation_bits: int = 8
+
+    def __post_init__(self) -> None:
+        for option in ("bits", "activation_bits"):
+            value = getattr(self, option)
+            check(2 <= value <= 8 or value in (16, 32), option, value, "2..8, or 16 or 32 to leave it alone")
+
+    def __str__(self) -> str:
+        return f"W{self.bits}A{self.activation_bits}"
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is quantized at all."""
+        return self.bits < 16 or self.activation_bits < 16
+
+
+AnyScheme = TypeVar("AnyScheme", Scheme, VisionScheme)
+
 Overrides = dict[str, dict[str, Any]]
 
 
@@ -79,6 +108,43 @@ def matching(
     return [name for name in names if name in chosen]
 
 
+def assigned(
+    types: Mapping[str, str],
+    scheme: AnyScheme,
+    targets: Sequence[str] = ("*",),
+    ignore: Sequence[str] = (),
+    overrides: Overrides | None = None,
+) -> dict[str, AnyScheme]:
+    """The scheme of everything that is quantized, in the order of `types`.
+
+    Args:
+        types: `{name: class name}` of the candidates.
+        scheme: what holds where nothing else is said.
+        targets: which of the candidates, see `matching`.
+        ignore: which of these not.
+        overrides: `{pattern: {option of the scheme: value}}`; later ones win.
+
+    Raises:
+        OptionError: a pattern matches nothing, an option is unknown or out of range, or nothing is left.
+    """
+    chosen = matching(types, targets, types, "targets")
+    left_out = set(matching(types, ignore, types, "ignore"))
+    schemes = {name: scheme for name in chosen if name not in left_out}
+    known = {field.name for field in fields(scheme)}
+    for pattern, options in (overrides or {}).items():
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise OptionError(
+                f"overrides['{pattern}']: {', '.join(unknown)} is none of {', '.join(sorted(known))}."
+            )
+        for name in matching(schemes, [pattern], types, "overrides"):
+            schemes[name] = replace(schemes[name], **options)
+    schemes = {name: resolved for name, resolved in schemes.items() if resolved.active}
+    if not schemes:
+        raise OptionError("No layer is left to quantize: see targets, ignore and overrides.")
+    return schemes
+
+
 def resolve_schemes(
     layers: Mapping[str, nn.Module],
     scheme: Scheme,
@@ -100,21 +166,7 @@ def resolve_schemes(
             divide the inputs of some layers, which are listed.
     """
     types = {name: type(layer).__name__ for name, layer in layers.items()}
-    chosen = matching(layers, targets, types, "targets")
-    left_out = set(matching(layers, ignore, types, "ignore"))
-    schemes = {name: scheme for name in chosen if name not in left_out}
-    known = {field.name for field in fields(Scheme)}
-    for pattern, options in (overrides or {}).items():
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise OptionError(
-                f"overrides['{pattern}']: {', '.join(unknown)} is none of {', '.join(sorted(known))}."
-            )
-        for name in matching(schemes, [pattern], types, "overrides"):
-            schemes[name] = replace(schemes[name], **options)
-    schemes = {name: resolved for name, resolved in schemes.items() if resolved.active}
-    if not schemes:
-        raise OptionError("No layer is left to quantize: see targets, ignore and overrides.")
+    schemes = assigned(types, scheme, targets, ignore, overrides)
     wrong = [
         f"{name} (group_size {resolved.group_size}, d_in {columns_of(layers[name])})"
         for name, resolved in schemes.items()

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,36 +47,35 @@ def fingerprint(network: nn.Module, segments: Tensor | None) -> dict[str, str]:
     return found
 
 
-class ProgressFile:
-    """One file that always holds the last complete window.
+class IdentifiedFile:
+    """A file of plain tensors and numbers that belongs to certain options, weights and data.
 
     Args:
         path: of the file.
         identity: options and fingerprints; a file with another identity is refused.
+        keys: of the content.
+        what: of a calibration it holds, for messages.
+        remedy: besides deleting it, for messages.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, identity: Mapping[str, Any], keys: Iterable[str], what: str, remedy: str
+    ) -> None:
         self.path = path
         self.identity = json.loads(json.dumps(identity))
+        self._keys = set(keys)
+        self._what = what
+        self._remedy = remedy
 
-    def save(self, progress: Progress) -> None:
+    def write(self, content: Mapping[str, Any]) -> None:
         """Replace the file."""
-        content = {
-            "identity": json.dumps(self.identity),
-            "windows": progress.windows,
-            "matrices": {name: as_plain(matrix) for name, matrix in progress.matrices.items()},
-            "learned": progress.learned,
-            "scales": progress.scales,
-            "thresholds": progress.thresholds,
-            "rows": progress.rows,
-        }
-        AtomicCheckpointIO().save_checkpoint(content, self.path)
+        AtomicCheckpointIO().save_checkpoint({"identity": json.dumps(self.identity), **content}, self.path)
 
     def _read(self) -> dict[str, Any]:
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
             before = json.loads(saved["identity"])
-            lacking = {"windows", "matrices", "learned", "scales", "thresholds", "rows"} - saved.keys()
+            lacking = self._keys - saved.keys()
         except OSError:
             raise
         except Exception as error:  # torch raises nearly anything on damaged files
@@ -87,15 +86,15 @@ class ProgressFile:
 
     def _damaged(self) -> MisconfigurationException:
         return MisconfigurationException(
-            f"'{self.path}' is damaged, or no progress of a calibration: delete it to start anew, or set "
-            "resume: false."
+            f"'{self.path}' is damaged, or no {self._what} of a calibration: delete it to start anew, or "
+            f"{self._remedy}."
         )
 
-    def load(self) -> Progress | None:
-        """What was saved; None where there is nothing.
+    def read(self) -> dict[str, Any] | None:
+        """The content; None where there is no file.
 
         Raises:
-            MisconfigurationException: it was made with other options, weights or text; the differences are
+            MisconfigurationException: it was made with other options, weights or data; the differences are
                 listed. Or it is damaged.
         """
         if not self.path.is_file():
@@ -111,9 +110,41 @@ class ProgressFile:
         if different:
             raise MisconfigurationException(
                 f"'{self.path}' was made with other settings ({'; '.join(different)}). Delete it to start "
-                "anew, or "
-                "set resume: false."
+                f"anew, or {self._remedy}."
             )
+        return saved
+
+
+class ProgressFile(IdentifiedFile):
+    """One file that always holds the last complete window.
+
+    Args:
+        path: of the file.
+        identity: see `IdentifiedFile`.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        keys = ("windows", "matrices", "learned", "scales", "thresholds", "rows")
+        super().__init__(path, identity, keys, "progress", "set resume: false")
+
+    def save(self, progress: Progress) -> None:
+        """Replace the file."""
+        self.write(
+            {
+                "windows": progress.windows,
+                "matrices": {name: as_plain(matrix) for name, matrix in progress.matrices.items()},
+                "learned": progress.learned,
+                "scales": progress.scales,
+                "thresholds": progress.thresholds,
+                "rows": progress.rows,
+            }
+        )
+
+    def load(self) -> Progress | None:
+        """What was saved; None where there is nothing. Errors are those of `read`."""
+        saved = self.read()
+        if saved is None:
+            return None
         rank_zero_info(f"Going on from '{self.path}': {saved['windows']} windows are done.")
         return Progress(
             windows=saved["windows"],

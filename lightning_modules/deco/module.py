@@ -53,7 +53,9 @@ class DecoDetector(Method):
     metrics = ("AP",)
     mean: Tensor
     std: Tensor
-    inference = InferenceSpec(outputs=("logits", "boxes"), unit="images")
+    inference = InferenceSpec(
+        outputs=("logits", "boxes"), unit="images", kinds={"logits": "bernoulli", "boxes": "number"}
+    )
 
     def __init__(
         self,

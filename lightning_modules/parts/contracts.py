@@ -102,6 +102,13 @@ class HasCalibrationSegments(Protocol):
 
 
 @runtime_checkable
+class HasCalibrationBatches(Protocol):
+    """Batches of so many training samples, read as for evaluation, the same on all ranks."""
+
+    def calibration_batches(self, count: int) -> Sequence[Any]: ...
+
+
+@runtime_checkable
 class HasGeneratorNames(Protocol):
     """Names of the generators, in the order of the numbers in a batch's `generator`."""
 
@@ -228,6 +235,15 @@ class HasInferenceInputs(Protocol):
     """Tensors of a batch that inference takes, by name, batch first."""
 
     def inference_inputs(self, batch: Any) -> Any: ...
+
+
+@runtime_checkable
+class HasCalibrationPass(Protocol):
+    """What is calibrated beyond the inference path: inputs of an evaluation batch, and outputs by name."""
+
+    def calibration_inputs(self, batch: Any) -> Mapping[str, Tensor]: ...
+
+    def calibration_outputs(self, *inputs: Tensor) -> Mapping[str, Tensor]: ...
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -19,6 +19,9 @@ from lightning_modules.parts.contracts import (
     optional,
 )
 
+OutputKind = Literal["classes", "bernoulli", "probability", "number"]
+"""What an output means: logits of classes along the last axis, of yes or no, a number in [0, 1], any."""
+
 
 @dataclass(frozen=True)
 class InferenceSpec:
@@ -32,6 +35,7 @@ class InferenceSpec:
             example; axis 0 is always free, and called `batch`.
         arguments: of the network's forward pass, beside the inputs.
         shared: inputs that all rows of a batch have in common; their axis 0 is not free.
+        kinds: `{output: what it means}`, for whoever compares outputs; one that is not named is a number.
     """
 
     outputs: tuple[str, ...] = ("output",)
@@ -40,6 +44,7 @@ class InferenceSpec:
     free_dimensions: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
+    kinds: Mapping[str, OutputKind] = field(default_factory=dict)
 
     def units(self, inputs: Mapping[str, Tensor]) -> int:
         """Units in a batch of inputs."""
@@ -71,7 +76,7 @@ class InferencePart:
     spec: InferenceSpec
 
 
-CLASSIFIER = InferenceSpec(outputs=("logits",), unit="images")
+CLASSIFIER = InferenceSpec(outputs=("logits",), unit="images", kinds={"logits": "classes"})
 """Images in, logits out."""
 
 _KNOWN = {

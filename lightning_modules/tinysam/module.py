@@ -14,6 +14,7 @@ from lightning_modules.base import Method, Terms
 from lightning_modules.parts.inference import InferencePart, InferenceSpec
 from lightning_modules.parts.normalize import normalized, register_normalization
 from lightning_modules.parts.reproducibility import derived_seed, run_seed
+from lightning_modules.tinysam.calibration import KINDS, CalibrationPass
 from lightning_modules.tinysam.deploy import decoder_part
 from lightning_modules.tinysam.frame import MEAN, STD, inside
 from lightning_modules.tinysam.losses import Reduction, iou_loss, mask_loss, reduced
@@ -44,7 +45,7 @@ class HardPrompts:
             raise ValueError(f"prompts.box_prob is in [0, 1], not {self.box_prob}.")
 
 
-class TinySAMModule(Method):
+class TinySAMModule(CalibrationPass, Method):
     """A promptable segmenter: image encoder, prompt encoder and mask decoder.
 
     Trains on the masks of `SA1BDataModule`; with the callback `SAMTeacher` it is TinySAM, without it the
@@ -72,7 +73,7 @@ class TinySAMModule(Method):
     metrics = ("miou",)
     mean: Tensor
     std: Tensor
-    inference = InferenceSpec(outputs=("embedding",), unit="images")
+    inference = InferenceSpec(outputs=("embedding",), unit="images", kinds=KINDS)
 
     def __init__(
         self,
