@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from datamodules.base import DataModule, Split, TransformImage
 from datamodules.loading import EpochSampler, collate_images, hash_seed
-from datamodules.person_retrieval.captions import CaptionTokenizer
+from datamodules.person_retrieval.captions import CaptionTokenizer, sentences_of
 from datamodules.person_retrieval.layouts import (
     LAYOUTS,
     Name,
@@ -333,16 +333,8 @@ class PersonRetrievalDataModule(DataModule):
             paths = [self.gallery / name for name in listing.names]
             self.datasets["predict_gallery"] = GalleryDataset(paths, None)
             self.announce("predict", f"{len(paths)} images", self.gallery, listing)
-        captions = [self.query] if self.query is not None else []
-        if self.queries is not None:
-            captions = self.queries.read_text(encoding="utf-8").splitlines()
-            while captions and not captions[-1].strip():
-                captions.pop()
-        if self.query is not None or self.queries is not None:
-            blank = next((number for number, text in enumerate(captions, 1) if not text.strip()), None)
-            if blank is not None or not captions:
-                where = f"{self.queries}, line {blank or 1}" if self.queries else "query"
-                raise DataError(f"{where}: it is empty, expected a sentence.")
+        captions = sentences_of(self.query, self.queries)
+        if captions:
             self.datasets["predict_queries"] = QueryDataset(captions, self._tokens("queries", captions), None)
 
     def parts(self, split: Split) -> Sequence[str]:
@@ -352,11 +344,11 @@ class PersonRetrievalDataModule(DataModule):
     def transform(self, split: Split) -> Callable[[Any], Any] | None:
         """Of the images; captions are tokenised already."""
         chosen = self.transforms.train() if split == "train" else self.transforms.evaluation()
-        return _WhereImage(TransformImage(chosen))
+        return WhereImage(chosen)
 
     def collation(self) -> Callable[[list[Any]], Any]:
         """With images, or without."""
-        return _collate
+        return collate_sides
 
     def sampler(self, dataset: Any, split: Split) -> EpochSampler:
         """Random pairs, or P x K.
@@ -386,12 +378,20 @@ class PersonRetrievalDataModule(DataModule):
 
 
 @dataclass(frozen=True)
-class _WhereImage:
+class WhereImage:
+    """Applies an image transform to samples that have a picture.
+
+    Args:
+        transform: of the picture.
+    """
+
     transform: Callable[[Any], Any]
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        return self.transform(sample) if "image" in sample else sample
+        """The sample, with the new image where it had one."""
+        return TransformImage(self.transform)(sample) if "image" in sample else sample
 
 
-def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+def collate_sides(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Makes a batch of pictures, or of queries, which have none."""
     return collate_images(samples) if "image" in samples[0] else default_collate(samples)
