@@ -301,8 +301,8 @@ class ImageTextDataModule(DataModule):
             self.datasets["predict_queries"] = QueryDataset(captions, self.tokenize(captions)[0], None)
         elif self.gallery is not None:
             raise MisconfigurationException(
-                "ImageTextDataModule: give query or queries, sentences to find pictures for, or labels, names "
-                "of classes."
+                "ImageTextDataModule: give query or queries, sentences to find pictures for, or labels, "
+                "names of classes."
             )
 
     def parts(self, split: Split) -> Sequence[str]:

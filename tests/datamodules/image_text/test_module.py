@@ -232,7 +232,8 @@ def test_options_that_exclude_each_other(tmp_path):
 
 def test_evaluation_reads_classes_and_both_sides(drawn):
     data = module(drawn, **SETS)
-    data.setup("test")
+    with pytest.warns(UserWarning, match="is synthetic: scenes drawn by sample: true"):
+        data.setup("test")
     parts = ["test_things", "test_drawn_gallery", "test_drawn_queries"]
     assert data.parts("test") == parts
     loaders = data.test_dataloader()
