@@ -74,6 +74,8 @@ class ImageTower(nn.Module):
     def __init__(self, trunk: nn.Module, width: int, image_size: int) -> None:
         super().__init__()
         self.trunk: Any = trunk
+        for parameter in getattr(trunk, "head", nn.Identity()).parameters():
+            parameter.requires_grad_(False)  # ConvNeXt's norm behind its final map: nothing here reads it
         mode = trunk.training
         with torch.no_grad():
             maps = self.eval().maps(torch.zeros(1, 3, image_size, image_size))
@@ -298,7 +300,8 @@ class LightCLIPNet(nn.Module):
 
     def pool(self, hidden: Tensor, ends: Tensor) -> Tensor:
         """(batch, embed_dim) of the state at the end token."""
-        return hidden[torch.arange(len(hidden), device=hidden.device), ends] @ self.text_projection
+        place = ends[:, None, None].expand(-1, 1, hidden.shape[2])
+        return hidden.gather(1, place).squeeze(1) @ self.text_projection
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(batch, embed_dim) of normalised pictures, not of unit length."""
