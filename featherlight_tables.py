@@ -15,7 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-RESERVED = ("stage", "metrics", "device", "versions", "checkpoint", "weights", "seed", "date")
+RESERVED = (
+    "stage",
+    "metrics",
+    "device",
+    "versions",
+    "checkpoint",
+    "weights",
+    "synthetic_data",
+    "seed",
+    "date",
+)
 """Keys of a report that are no callback's part."""
 FORMS = ("table", "csv", "markdown", "latex")
 NO_RESULTS = "no results.json: `featherlight test` writes it"

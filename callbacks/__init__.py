@@ -1,5 +1,6 @@
 """Everything that plugs into a run: objectives, structure, reports and writers."""
 
+from callbacks.deploy.clip import CLIPExport
 from callbacks.deploy.onnx import ONNXExport
 from callbacks.distillation import (
     BKD,
@@ -15,6 +16,7 @@ from callbacks.distillation import (
     FitNet,
     Teacher,
 )
+from callbacks.distillation.clip import CLIPTeacher
 from callbacks.distillation.detection import DetectionTeacher
 from callbacks.distillation.sam import SAMTeacher
 from callbacks.distillation.text import DataFreeTeacher, TextTeacher
@@ -59,6 +61,8 @@ __all__ = [
     "RTN",
     "AtomicCheckpointIO",
     "CKAAnalysis",
+    "CLIPExport",
+    "CLIPTeacher",
     "ClassificationWriter",
     "Criterion",
     "DataFreeTeacher",

@@ -7,6 +7,7 @@ from datamodules.coco.transforms import DecoPlusTransforms, DecoTransforms, Dete
 from datamodules.fake_images.module import FakeImagesDataModule
 from datamodules.fake_images.transforms import Degradation, FakeImageTransforms
 from datamodules.glue import CorpusToTask, EntityDataModule, GlueDataModule
+from datamodules.image_text import ImageTextDataModule, RetrievalSet, ZeroShotSet
 from datamodules.imagenet import ImageFolderDataModule, ImageNetDataModule
 from datamodules.images import ImagesDataModule
 from datamodules.loading import EpochSampler, ResumableLoader, SeededDataset, hash_seed
@@ -37,16 +38,19 @@ __all__ = [
     "IdentitySampler",
     "ImageFolderDataModule",
     "ImageNetDataModule",
+    "ImageTextDataModule",
     "ImageTransforms",
     "ImagesDataModule",
     "InstancePromptsDataModule",
     "PersonRetrievalDataModule",
     "ResumableLoader",
+    "RetrievalSet",
     "SA1BDataModule",
     "SeededDataset",
     "TextDataModule",
     "TransformImage",
     "VisionDataModule",
+    "ZeroShotSet",
     "hash_seed",
     "read_image",
 ]

@@ -67,6 +67,9 @@ class DataModule(LightningDataModule):
     layout: ClassVar[str] = ""
     """What is expected under ``root``, for people."""
 
+    max_skip_fraction: float = 1.0
+    """Share of unreadable samples that ``on_error: skip`` goes on with."""
+
     def __init__(
         self,
         *,
@@ -191,13 +194,12 @@ class DataModule(LightningDataModule):
             DataError: the split has no samples.
             MisconfigurationException: there is no such split, or training has less than a batch.
         """
-        dataset, epoch_end = self._dataset(part or split), None
+        dataset, counter = self._dataset(part or split), None
         self._check_size(part or split, dataset)
         train = split == "train"
         if self.on_error == "skip":
             counter = SkipCounter(self.num_workers)
-            dataset = SkippingDataset(dataset, counter)
-            epoch_end = partial(counter.report, f"{type(self).__name__}, {part or split}")
+            dataset = SkippingDataset(dataset, counter, self.max_skip_fraction)
         seeded = SeededDataset(dataset, self.run_seed if train else None, self.transform(split))
         return ResumableLoader(
             seeded,
@@ -208,7 +210,7 @@ class DataModule(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=self.pin_memory and torch.cuda.is_available(),
             persistent_workers=self.persistent_workers and self.num_workers > 0,
-            epoch_end=epoch_end,
+            epoch_end=self.epoch_end(part or split, counter),
         )
 
     def calibration_batches(self, count: int) -> list[Any]:
@@ -231,6 +233,10 @@ class DataModule(LightningDataModule):
             collate([seeded[index] for index in chosen[start : start + size]])
             for start in range(0, len(chosen), size)
         ]
+
+    def epoch_end(self, part: str, counter: SkipCounter | None) -> Callable[[], None] | None:
+        """What is called when a loader has read an epoch: here what says how much could not be read."""
+        return None if counter is None else partial(counter.report, f"{type(self).__name__}, {part}")
 
     def _dataset(self, split: str) -> Dataset[Any]:
         if split not in self.datasets:
@@ -334,6 +340,14 @@ class TransformImage:
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """The sample with the new image."""
         return {**sample, "image": self.transform(sample["image"])}
+
+
+class WhereImage(TransformImage):
+    """The same for samples that have one, and nothing for captions without."""
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """The sample, with the new image where it had one."""
+        return super().__call__(sample) if "image" in sample else sample
 
 
 class VisionDataModule(DataModule):

@@ -377,3 +377,8 @@ def collate_images(samples: list[dict[str, Any]]) -> dict[str, Any]:
     batch = default_collate(samples)
     batch["image"] = batch["image"].float().div_(255)
     return batch
+
+
+def collate_sides(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Make a batch of pairs, of images or of captions without image."""
+    return collate_images(samples) if "image" in samples[0] else default_collate(samples)

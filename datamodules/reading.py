@@ -326,9 +326,13 @@ class SkipCounter:
 
     Args:
         num_workers: of the loader.
+        what: is counted, for the log.
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(
+        self, num_workers: int, what: str = "unreadable samples were replaced by others (on_error: skip)"
+    ) -> None:
+        self._what = what
         self._counts = torch.zeros(max(num_workers, 1), dtype=torch.int64).share_memory_()
         self._reported = 0
 
@@ -346,7 +350,10 @@ class SkipCounter:
         """Logs how many were counted since the last report; says nothing when none were."""
         new, self._reported = self.total - self._reported, self.total
         if new:
-            log.warning("%s: %d unreadable samples were replaced by others (on_error: skip).", name, new)
+            log.warning("%s: %d %s.", name, new, self._what)
+
+
+_FEW = 200  # samples after which a share of unreadable ones means something
 
 
 class SkippingDataset(Dataset[Any]):
@@ -357,24 +364,40 @@ class SkippingDataset(Dataset[Any]):
     Args:
         dataset: raises ``CorruptSampleError`` for what it cannot read.
         counter: counts the samples that were replaced.
+        most: share of what a process reads that may be unreadable; beyond it the run ends.
+
+    Raises:
+        DataError: more than that cannot be read.
     """
 
-    def __init__(self, dataset: Dataset[Any], counter: SkipCounter) -> None:
+    def __init__(self, dataset: Dataset[Any], counter: SkipCounter, most: float = 1.0) -> None:
         self.dataset = dataset
         self.counter = counter
+        self.most = most
+        self._read = self._skipped = 0
         self._named: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Any:
+        self._read += 1
         for candidate in chain(range(index, len(self)), range(index)):
             try:
                 return self.dataset[candidate]
             except CorruptSampleError as error:
                 if candidate == index:
                     self.counter.add()
+                    self._skipped += 1
+                    self._refuse_too_many(error)
                 if candidate not in self._named:
                     self._named.add(candidate)
                     log.warning("skipped: %s", error)
         raise CorruptSampleError(f"not one of the {len(self)} samples can be read.")
+
+    def _refuse_too_many(self, last: CorruptSampleError) -> None:
+        if self._skipped > self.most * max(self._read, min(len(self), _FEW)):
+            raise DataError(
+                f"{self._skipped} of {self._read} samples cannot be read, more than max_skip_fraction: "
+                f"{self.most:g}; the last one: {last}."
+            )

@@ -21,6 +21,7 @@ from lightning_modules.gendet import (
     StageSchedule,
 )
 from lightning_modules.language_model import CausalLanguageModel
+from lightning_modules.lightclip import LightCLIP
 from lightning_modules.parts import students  # noqa: F401  (registers swin_nano and swin_pico with timm)
 from lightning_modules.parts.schedules import WarmupSchedule
 from lightning_modules.text_classifier import TextClassifier
@@ -40,6 +41,7 @@ __all__ = [
     "GeneratorObjective",
     "ImageClassifier",
     "ImageEncoder",
+    "LightCLIP",
     "LinearProbe",
     "Method",
     "NearestNeighbors",

@@ -18,6 +18,7 @@ from callbacks.run.device import device_name
 from callbacks.run.directory import run_directory, write_json
 from featherlight_tables import RESERVED, flatten, human, printable
 from lightning_modules.base import Method
+from lightning_modules.parts.contracts import HasSynthetic, datamodule_of, optional
 
 UNTRAINED = "neither trained nor loaded"
 
@@ -47,8 +48,8 @@ class Results(Callback):
 
     Prints one table and writes `results.json` (after `test`) or `results_validate.json` (after `validate`)
     into the run directory: `stage`, `metrics`, one key a reporting callback, `device`, `versions`,
-    `checkpoint`, `weights`, `seed`, `date`. Numbers are raw in the file; those that are not finite become
-    null, as JSON has no word for them.
+    `checkpoint`, `weights`, `seed`, `date`, and `synthetic_data` where the data were drawn by a program.
+    Numbers are raw in the file; those that are not finite become null, as JSON has no word for them.
 
     `weights` says where they are from: `random`, `pretrained: NAME`, `file: PATH`, `checkpoint: PATH` or
     `trained`. Random ones are also named above the table, and before a `predict`.
@@ -135,6 +136,7 @@ def _free_key(callback: object, taken: Mapping[str, Any]) -> str:
 def _circumstances(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     """Where, with what and when: the keys that make a number reproducible."""
     seed = os.environ.get("PL_GLOBAL_SEED")
+    data = optional(datamodule_of(trainer), HasSynthetic)
     return {
         "device": {
             "type": module.device.type,
@@ -147,6 +149,7 @@ def _circumstances(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         },
         "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
         "weights": weights_of(trainer, module),
+        **({"synthetic_data": True} if data is not None and data.synthetic else {}),
         "seed": None if seed is None else int(seed),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

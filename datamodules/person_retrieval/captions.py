@@ -1,10 +1,13 @@
 """Captions to CLIP's tokens, long ones cut and counted."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
+
+from datamodules.reading import DataError
 
 
 class CaptionTokenizer:
@@ -36,3 +39,22 @@ class CaptionTokenizer:
             marked = [self._bytes.sot_token_id, *tokens, self._bytes.eot_token_id]
             row[: len(marked)] = torch.tensor(marked)
         return ids, cut
+
+
+def sentences_of(query: str | None, queries: Path | None) -> list[str]:
+    """A user's sentence, or those of a file, one a line; empty where there is neither.
+
+    Raises:
+        DataError: one is blank; names file and line.
+    """
+    captions = [query] if query is not None else []
+    if queries is not None:
+        captions = queries.read_text(encoding="utf-8").splitlines()
+        while captions and not captions[-1].strip():
+            captions.pop()
+    if query is not None or queries is not None:
+        blank = next((number for number, text in enumerate(captions, 1) if not text.strip()), None)
+        if blank is not None or not captions:
+            where = f"{queries}, line {blank or 1}" if queries else "query"
+            raise DataError(f"{where}: it is empty, expected a sentence.")
+    return captions

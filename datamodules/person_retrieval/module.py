@@ -8,9 +8,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from datamodules.base import DataModule, Split, TransformImage
-from datamodules.loading import EpochSampler, hash_seed
-from datamodules.person_retrieval.captions import CaptionTokenizer
+from datamodules.base import DataModule, Split, WhereImage
+from datamodules.loading import EpochSampler, collate_sides, hash_seed
+from datamodules.person_retrieval.captions import CaptionTokenizer, sentences_of
 from datamodules.person_retrieval.datasets import GalleryDataset, PairDataset, QueryDataset
 from datamodules.person_retrieval.gallery import SHARD_BYTES, IndexedGallery, open_index
 from datamodules.person_retrieval.layouts import (
@@ -23,7 +23,7 @@ from datamodules.person_retrieval.layouts import (
     refuse_missing,
     refuse_overlap,
 )
-from datamodules.person_retrieval.transforms import PersonTransforms, WhereImage, collate
+from datamodules.person_retrieval.transforms import PersonTransforms
 from datamodules.reading import DataError, list_images
 from datamodules.samples.pedestrians import write_pedestrians
 from datamodules.sampling import IdentitySampler
@@ -219,16 +219,8 @@ class PersonRetrievalDataModule(DataModule):
             paths = [self.gallery / name for name in listing.names]
             self.datasets["predict_gallery"] = GalleryDataset(paths, None)
             self.announce("predict", f"{len(paths)} images", self.gallery, listing)
-        captions = [self.query] if self.query is not None else []
-        if self.queries is not None:
-            captions = self.queries.read_text(encoding="utf-8").splitlines()
-            while captions and not captions[-1].strip():
-                captions.pop()
-        if self.query is not None or self.queries is not None:
-            blank = next((number for number, text in enumerate(captions, 1) if not text.strip()), None)
-            if blank is not None or not captions:
-                where = f"{self.queries}, line {blank or 1}" if self.queries else "query"
-                raise DataError(f"{where}: it is empty, expected a sentence.")
+        captions = sentences_of(self.query, self.queries)
+        if captions:
             self.datasets["predict_queries"] = QueryDataset(captions, self._tokens("queries", captions), None)
 
     def predict_dataloader(self) -> Any:
@@ -264,11 +256,11 @@ class PersonRetrievalDataModule(DataModule):
     def transform(self, split: Split) -> Callable[[Any], Any] | None:
         """Of the images; captions are tokenised already."""
         chosen = self.transforms.train() if split == "train" else self.transforms.evaluation()
-        return WhereImage(TransformImage(chosen))
+        return WhereImage(chosen)
 
     def collation(self) -> Callable[[list[Any]], Any]:
         """With images, or without."""
-        return collate
+        return collate_sides
 
     def sampler(self, dataset: Any, split: Split) -> EpochSampler:
         """Random pairs, or P x K.

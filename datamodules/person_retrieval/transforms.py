@@ -3,15 +3,12 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import default_collate
 from torchvision.transforms import functional as F
 from torchvision.transforms import v2
-
-from datamodules.loading import collate_images
 
 CLIP_MEAN_GREY = (156, 147, 132)
 """What IRRA's erasing writes, CLIP's mean triple after normalisation, in 8 bits."""
@@ -64,19 +61,3 @@ class _Drawn:
         image = v2.RandomCrop(options.image_size)(image)
         value = list(CLIP_MEAN_GREY) if options.erase_value == "mean" else [0]
         return v2.RandomErasing(options.erase, scale=(0.02, 0.4), ratio=(0.3, 3.3), value=value)(image)
-
-
-@dataclass(frozen=True)
-class WhereImage:
-    """A transform of samples that leaves captions without image as they are."""
-
-    transform: Callable[[Any], Any]
-
-    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """The sample with the new image, if it has one."""
-        return self.transform(sample) if "image" in sample else sample
-
-
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of pairs, of images or of captions."""
-    return collate_images(samples) if "image" in samples[0] else default_collate(samples)

@@ -24,6 +24,7 @@ class Softening(NamedTuple):
         end: at the end, not below `start`.
         hold: part of the run that keeps `start`, in [0, 1).
         stages: of the kind `step`.
+        unit: `epoch`: it rises from one epoch to the next; `step`: with every step of the optimiser.
     """
 
     mode: Soften = "similarity"
@@ -33,6 +34,7 @@ class Softening(NamedTuple):
     end: float = 0.2
     hold: float = 0.0
     stages: int = 4
+    unit: Literal["epoch", "step"] = "epoch"
 
     def check(self) -> None:
         """Refuse what is out of range.
@@ -42,6 +44,7 @@ class Softening(NamedTuple):
         """
         check_choice("softening.mode", self.mode, Soften)
         check_choice("softening.kind", self.kind, Kind)
+        check_choice("softening.unit", self.unit, Literal["epoch", "step"])
         for name, value in (("start", self.start), ("end", self.end), ("hold", self.hold)):
             check(0 <= value < 1, f"softening.{name}", value, "in [0, 1)")
         check(self.end >= self.start, "softening.end", self.end, f"at least softening.start, {self.start}")

@@ -7,23 +7,25 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_modules.base import Method, Terms
+from lightning_modules.base import Terms
+from lightning_modules.lightclip.evaluation import ImageTextMethod
 from lightning_modules.lightclip.losses import Softening, instance_loss, token_loss
 from lightning_modules.lightclip.matching import Matching, token_scores
 from lightning_modules.lightclip.network import LightCLIPNet
 from lightning_modules.lightclip.words import IGNORED, end_positions, mask_tokens, word_mask
 from lightning_modules.parts.cached import cached_features
-from lightning_modules.parts.distributed import gather_with_gradient
+from lightning_modules.parts.distributed import gather_with_gradient, is_distributed
+from lightning_modules.parts.inference import InferenceSpec
 from lightning_modules.parts.normalize import Statistics, normalized
 from lightning_modules.parts.options import check
 
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class LightCLIP(Method):
+class LightCLIP(ImageTextMethod):
     """Contrastive, token and masked-word losses of light towers (arXiv 2312.00674, partly reconstructed).
 
-    A batch has `image` (batch, 3, height, width) in [0, 1] and `text`, token ids (batch, length). A part
+    A batch has `image` (batch, 3, height, width) in [0, 1] and `input_ids` (batch, length). A part
     whose weight is 0 is not built. With weights (1, 0, 0) and `softening.end` 0 this is CLIP.
 
     Args:
@@ -31,7 +33,7 @@ class LightCLIP(Method):
         w_ins: weight of the instance loss.
         w_tok: weight of the token loss, whose negatives are of this rank.
         w_mlm: weight of the masked-word loss.
-        softening: of the labels, by epoch.
+        softening: of the labels.
         matching: of patches and words.
         mask_probability: of a word, in (0, 1).
         micro_batch: samples that are computed at once, on one device; None: the batch.
@@ -40,6 +42,8 @@ class LightCLIP(Method):
     Raises:
         OptionError: an option is out of its range.
     """
+
+    inference = InferenceSpec(outputs=("features",), unit="samples")
 
     def __init__(
         self,
@@ -72,18 +76,49 @@ class LightCLIP(Method):
     def on_fit_start(self) -> None:
         """Say which reading of the matching this run uses."""
         super().on_fit_start()
+        terms = {"instance": self.w_ins, "token": self.w_tok, "masked words": self.w_mlm}
+        said = ", ".join(f"{weight:g} x {name}" for name, weight in terms.items() if weight)
+        rank_zero_info(f"LightCLIP trains {said}; labels are softened up to {self.softening.end:g}.")
         if self.w_tok:
             rank_zero_info(f"LightCLIP matches patches and words by: {self.matching.describe()}.")
 
     @property
     def alpha(self) -> float:
-        """What the negatives get of a label in this epoch: a function of its number."""
-        epochs = 1 if self._trainer is None else self.trainer.max_epochs or 1
-        return self.softening.alpha(self.current_epoch / max(epochs - 1, 1))
+        """What the negatives get of a label now: a function of the epoch, or of the step."""
+        if self._trainer is None:
+            return self.softening.alpha(0.0)
+        if self.softening.unit == "step":
+            return self.softening.alpha(
+                self.global_step / max(self.trainer.estimated_stepping_batches - 1, 1)
+            )
+        return self.softening.alpha(self.current_epoch / max((self.trainer.max_epochs or 1) - 1, 1))
 
     def normalize(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1] as the trunk expects them."""
         return normalized(images, *IMAGENET)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Pictures in [0, 1] to unit vectors (batch, embed_dim)."""
+        return self.network(self.normalize(image))
+
+    def encode_text(self, input_ids: Tensor) -> Tensor:
+        """Token ids (batch, length) to unit vectors (batch, embed_dim)."""
+        return self.network(input_ids)
+
+    @property
+    def temperature(self) -> Tensor:
+        """Factor of the cosines, at most 100."""
+        return self.network.logit_scale.exp().clamp(max=100)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens the network knows, the mask not counted."""
+        return self.network.vocabulary
+
+    def inference_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """`images` and `input_ids`, as far as the batch has them."""
+        names = {"images": "image", "input_ids": "input_ids"}
+        return {name: batch[key] for name, key in names.items() if key in batch}
 
     def masked(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Masked ids and labels (batch, length); random numbers of the step's generator."""
@@ -94,16 +129,16 @@ class LightCLIP(Method):
 
     def compute(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """`image_features`, `text_features` and what the other losses need, see `encode`."""
-        inputs = {"image": batch["image"], "text": batch["text"]}
+        inputs = {"image": batch["image"], "input_ids": batch["input_ids"]}
         if self.w_mlm and self.training:
-            inputs["masked"], inputs["labels"] = self.masked(batch["text"])
+            inputs["masked"], inputs["labels"] = self.masked(batch["input_ids"])
         if self.micro_batch is None or not torch.is_grad_enabled():
             return self.encode(inputs)
         return cached_features(self.encode, inputs, self.micro_batch, self.network)
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Per sample: both features; `patches` and `words`; sum `masked_nll` and number `masked_count`."""
-        net, ids = self.network, batch["text"]
+        net, ids = self.network, batch["input_ids"]
         maps = net.visual.maps(self.normalize(batch["image"]))
         hidden, ends = net.text_hidden(ids), end_positions(ids, net.end)
         found = {"image_features": net.visual.project(maps[-1]), "text_features": net.pool(hidden, ends)}
@@ -131,9 +166,9 @@ class LightCLIP(Method):
         terms: dict[str, Any] = {}
         if self.w_ins:
             v, t = (F.normalize(outputs[f"{side}_features"].float(), dim=-1) for side in ("image", "text"))
-            scale = net.logit_scale.exp().clamp(max=100)
+            scale = self.temperature
             every = gather_with_gradient(v), gather_with_gradient(t)
-            offset = self.global_rank * len(v) if len(every[0]) > len(v) else 0
+            offset = torch.distributed.get_rank() * len(v) if is_distributed() else 0
             softening = self.alpha, self.softening.mode, self.softening.temperature
             terms["instance"] = self.w_ins * sum(instance_loss(v, t, scale, *softening, *every, offset)) / 2
         if net.token_align is not None:

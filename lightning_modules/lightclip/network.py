@@ -1,5 +1,6 @@
 """The two towers, named as open_clip's CLIP names them, and the parts that only training has (section 2)."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, Transformer
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lightning_modules.lightclip.words import end_positions
@@ -29,13 +31,16 @@ SWIN_ARGUMENTS: dict[str, Any] = {
 }
 
 
-def build_trunk(name: str, image_size: int = 224, pretrained: bool = False) -> nn.Module:
+def build_trunk(
+    name: str, image_size: int = 224, pretrained: bool = False, arguments: dict[str, Any] | None = None
+) -> nn.Module:
     """A timm network without classifier that yields maps of at least four stages.
 
     Args:
         name: of timm, or `swin_nano_patch4_window7_224`, ViDT's Swin-Nano, which timm lacks.
         image_size: side in pixels.
         pretrained: timm's weights.
+        arguments: further ones of timm's model.
 
     Raises:
         OptionError: timm does not know it, or it has not four stages.
@@ -45,7 +50,12 @@ def build_trunk(name: str, image_size: int = 224, pretrained: bool = False) -> n
         return SwinTransformer(img_size=image_size, num_classes=0, global_pool="", **SWIN_ARGUMENTS)
     if not timm.is_model(name):
         raise OptionError(f"trunk: timm has no model '{name}'.")
-    trunk = timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="")
+    given = {"pretrained": pretrained, "num_classes": 0, **(arguments or {})}
+    if "img_size" in inspect.signature(timm.model_entrypoint(name)).parameters or name.startswith("vit"):
+        given.setdefault("img_size", image_size)
+    trunk = timm.create_model(name, **given)
+    vit = isinstance(trunk, VisionTransformer)
+    trunk.reset_classifier(0, global_pool="avg" if vit else "")  # as open_clip does
     stages = getattr(trunk, "feature_info", ())
     if not hasattr(trunk, "forward_intermediates") or len(stages) < 4:
         raise OptionError(f"trunk: '{name}' has not the four stages with maps that LightCLIP fuses.")
@@ -64,6 +74,8 @@ class ImageTower(nn.Module):
     def __init__(self, trunk: nn.Module, width: int, image_size: int) -> None:
         super().__init__()
         self.trunk: Any = trunk
+        for parameter in getattr(trunk, "head", nn.Identity()).parameters():
+            parameter.requires_grad_(False)  # ConvNeXt's norm behind its final map: nothing here reads it
         mode = trunk.training
         with torch.no_grad():
             maps = self.eval().maps(torch.zeros(1, 3, image_size, image_size))
@@ -83,8 +95,9 @@ class ImageTower(nn.Module):
             and final.shape[-1] == stages[-1].shape[1]
         ):
             final = final.permute(0, 3, 1, 2)
-        elif final.ndim == 3:  # a plain ViT: tokens; its last map is normalised already
-            final = stages[-1]
+        elif final.ndim == 3:  # a ViT: tokens behind the final norm
+            patches = final[:, trunk.num_prefix_tokens :]
+            final = patches.transpose(1, 2).reshape(stages[-1].shape)
         elif isinstance(self.trunk, SwinTransformer):
             final = final.permute(0, 3, 1, 2)
         return [*stages[:-1], final]
@@ -96,6 +109,9 @@ class ImageTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embedding (batch, width) of normalised images (batch, 3, height, width)."""
+        if isinstance(self.trunk, VisionTransformer):  # which may have fewer tokens than patches
+            head: Any = self.head
+            return head.proj(self.trunk(images))
         return self.project(self.maps(images)[-1])
 
 
@@ -178,6 +194,7 @@ class LightCLIPNet(nn.Module):
             `none`: a masked pass that sees no picture.
         tie_head: the masked words' head shares the token embedding.
         pretrained: timm's weights in the trunk.
+        trunk_args: further arguments of timm's trunk, such as `{output_stride: 16}`.
 
     Raises:
         OptionError: an option is out of its range.
@@ -201,6 +218,7 @@ class LightCLIPNet(nn.Module):
         fusion: Fusion = "stages",
         tie_head: bool = False,
         pretrained: bool = False,
+        trunk_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check(width % heads == 0, "heads", heads, f"a divisor of the width {width}")
@@ -210,7 +228,9 @@ class LightCLIPNet(nn.Module):
         self.start, self.end, self.vocabulary = start, end, vocabulary
         self.context_length, self.layers, self.image_size = context_length, layers, image_size
         self.options = {"trunk": trunk, "embed_dim": embed_dim, "width": width, "heads": heads, "act": act}
-        self.visual = ImageTower(build_trunk(trunk, image_size, pretrained), embed_dim, image_size)
+        self.visual = ImageTower(
+            build_trunk(trunk, image_size, pretrained, trunk_args), embed_dim, image_size
+        )
         self._build_text(width, heads, layers, embed_dim, act)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         channels = self.visual.channels
@@ -265,6 +285,11 @@ class LightCLIPNet(nn.Module):
         return self.ln_final(x)
 
     def _embed(self, ids: Tensor) -> Tensor:
+        if ids.shape[1] > self.context_length:
+            raise OptionError(
+                f"context_length={self.context_length}: the captions of the data have {ids.shape[1]} tokens; "
+                "set the data's context_length to the network's."
+            )
         if self.mlm is None:
             embedded = self.token_embedding(ids)
         else:
@@ -275,11 +300,22 @@ class LightCLIPNet(nn.Module):
 
     def pool(self, hidden: Tensor, ends: Tensor) -> Tensor:
         """(batch, embed_dim) of the state at the end token."""
-        return hidden[torch.arange(len(hidden), device=hidden.device), ends] @ self.text_projection
+        place = ends[:, None, None].expand(-1, 1, hidden.shape[2])
+        return hidden.gather(1, place).squeeze(1) @ self.text_projection
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(batch, embed_dim) of normalised pictures, not of unit length."""
         return self.visual(images)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Unit vectors of each input, in order: of normalised pictures, or of token ids."""
+        found = [
+            F.normalize(
+                self.encode_image(given) if given.is_floating_point() else self.encode_text(given), dim=-1
+            )
+            for given in inputs
+        ]
+        return found[0] if len(found) == 1 else tuple(found)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """(batch, embed_dim) of token ids (batch, length), not of unit length."""

@@ -170,6 +170,22 @@ class HasParts(Protocol):
 
 
 @runtime_checkable
+class HasPrompts(Protocol):
+    """Sentences that name classes, `class_names` and `input_ids` (classes, templates, length), by part."""
+
+    @property
+    def prompts(self) -> Mapping[str, Any]: ...
+
+
+@runtime_checkable
+class HasSynthetic(Protocol):
+    """Whether the data were drawn by a program, for reports."""
+
+    @property
+    def synthetic(self) -> bool: ...
+
+
+@runtime_checkable
 class HasSubmissions(Protocol):
     """Names of the files that a benchmark's site takes, by part of what is predicted."""
 

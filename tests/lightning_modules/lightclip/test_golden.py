@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_modules.lightclip.evaluation import class_weights
 from lightning_modules.lightclip.losses import Softening, instance_loss, soft_targets, token_loss
 from lightning_modules.lightclip.matching import Matching, token_scores
 from lightning_modules.lightclip.network import FusionBlocks, LightCLIPNet, injection_points
 from lightning_modules.lightclip.words import end_positions, mask_tokens, word_mask
+from lightning_modules.parts.retrieval import ranking_scores, summary
 from tests.golden.fill import fill, inputs
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "lightclip.json").read_text())
@@ -225,3 +227,30 @@ def test_sizes(name, trunk):
     assert total("mlm.") == wanted["mlm"]
     assert sum(count.values()) == wanted["training"]
     assert sum(count.values()) - total("token_align.", "fusion.", "mlm.") == wanted["inference"]
+
+
+def test_retrieval():
+    for case in GOLDEN["retrieval"]:
+        images, captions = case["images"], case["captions"]
+        owner = torch.arange(captions) // 5
+        similarity = inputs(case["label"], (images, captions)).double()
+        similarity += case["bonus"] * (owner == torch.arange(images)[:, None])
+        ways = {
+            "i2t": (similarity, torch.arange(images), owner),
+            "t2i": (similarity.T, owner, torch.arange(images)),
+        }
+        for way, (scores, asked, there) in ways.items():
+            ranked = ranking_scores(scores, asked, torch.eye(scores.shape[1]).double(), there)
+            found = summary(ranked)
+            close([found[f"R{k}"] for k in (1, 5, 10)], [case[f"{way}_R@{k}"] for k in (1, 5, 10)])
+
+
+def test_zero_shot_ensemble():
+    case = GOLDEN["zeroshot_ensemble"]
+    texts = inputs(case["label"] + ".text", (case["classes"], case["templates"], case["D"])).double()
+    images = F.normalize(inputs(case["label"] + ".img", (case["images"], case["D"])).double(), dim=-1)
+    weights = class_weights(texts)
+    close(weights.flatten()[:4], case["class_weight_first4"])
+    top, predicted = (images @ weights.T).max(1)
+    assert predicted.tolist() == case["pred"]
+    close(top, case["top_cos"])

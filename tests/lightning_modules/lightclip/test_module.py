@@ -14,7 +14,7 @@ def batch(count=6):
     text = torch.randint(1, 58, (count, 12), generator=stream)
     text[:, 0], text[:, 9:] = 58, 0
     text[torch.arange(count), 3 + torch.arange(count) % 6] = 59
-    return {"image": torch.rand(count, 3, 64, 64, generator=stream), "text": text}
+    return {"image": torch.rand(count, 3, 64, 64, generator=stream), "input_ids": text}
 
 
 def step(module):
