@@ -5,7 +5,7 @@ Nobody derives from them: whoever has the attribute satisfies the Protocol. The 
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -255,11 +255,9 @@ class HasInferenceInputs(Protocol):
 
 @runtime_checkable
 class HasCalibrationPass(Protocol):
-    """What is calibrated beyond the inference path: inputs of an evaluation batch, and outputs by name."""
+    """What is calibrated beyond the inference path: a batch's inputs, and what makes outputs of them."""
 
-    def calibration_inputs(self, batch: Any) -> Mapping[str, Tensor]: ...
-
-    def calibration_outputs(self, *inputs: Tensor) -> Mapping[str, Tensor]: ...
+    def calibration_pass(self, batch: Any) -> tuple[Mapping[str, Tensor], Callable[..., Any]]: ...
 
 
 @runtime_checkable

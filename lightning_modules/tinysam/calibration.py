@@ -1,6 +1,6 @@
 """What a quantizer calibrates a segmenter with: pictures and points on them, masks and predicted IoUs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -56,16 +56,16 @@ class CalibrationPass:
 
     network: Any
 
-    def calibration_inputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """`image`, `size`, and `points` on it with their `owner`, see `calibration_points`."""
+    def calibration_pass(
+        self, batch: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], Callable[..., dict[str, Tensor]]]:
+        """`image`, `size`, and `points` with their `owner`, see `calibration_points`; and `decoded`."""
         points, owner = calibration_points(batch)
         device = batch["image"].device
         rest = {"points": points.to(device), "owner": owner.to(device)}
-        return {"image": batch["image"], "size": batch["size"], **rest}
+        return {"image": batch["image"], "size": batch["size"], **rest}, self.decoded
 
-    def calibration_outputs(
-        self, image: Tensor, size: Tensor, points: Tensor, owner: Tensor
-    ) -> dict[str, Tensor]:
+    def decoded(self, image: Tensor, size: Tensor, points: Tensor, owner: Tensor) -> dict[str, Tensor]:
         """`masks` (N, 3, 4h, 4w) as logits and `iou` (N, 3)."""
         prompts = Prompts(points, points.new_zeros(len(points), 4), torch.zeros_like(owner, dtype=torch.bool))
         embedding: Tensor = self(image, size)  # type: ignore[operator]

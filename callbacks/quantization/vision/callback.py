@@ -258,8 +258,8 @@ def _passes(module: LightningModule, batches: list[Any]) -> tuple[list[Batch], F
     """What goes through the network, and how: by the inference path, or the pass that the module declares."""
     whole = optional(module, HasCalibrationPass)
     if whole is not None:
-        inputs = [tuple(whole.calibration_inputs(batch).values()) for batch in batches]
-        return inputs, lambda batch: whole.calibration_outputs(*batch)
+        passes = [whole.calibration_pass(batch) for batch in batches]
+        return [tuple(inputs.values()) for inputs, _ in passes], lambda batch: passes[0][1](*batch)
     path, names = InferencePath(module), spec_of(module).outputs
     inputs = [tuple(_inputs(module, batch).values()) for batch in batches]
     return inputs, lambda batch: dict(named_outputs(path(*batch), names))
