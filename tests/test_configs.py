@@ -85,6 +85,7 @@ def base_of(path):
 
 def assert_holds(config, options):
     """Every plain value of `options` is found where it belongs in the composed configuration."""
+    config = config._asdict() if hasattr(config, "_asdict") else config  # named tuples are built already
     for key, value in options.items():
         if isinstance(value, dict):
             assert_holds(config[key], value)
