@@ -1,5 +1,6 @@
 """LightningCLI over the three packages: the only place that sees them all."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -7,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BasePredictionWriter,
+    LearningRateMonitor,
+    ProgressBar,
+    WeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -19,12 +25,15 @@ import callbacks as _callbacks  # noqa: F401  (its classes get their short names
 import datamodules as _datamodules  # noqa: F401
 import lightning_modules as _lightning_modules  # noqa: F401
 from callbacks.run.checkpointing import AtomicCheckpointIO, RunCheckpoint, chosen_checkpoint
+from callbacks.run.curves import LearningRates, LogInterval
 from callbacks.run.directory import replaced_atomically, run_directory
 from callbacks.run.lock import RunLock
-from callbacks.run.log_lines import LogLines
+from callbacks.run.log_lines import EpochLines, LogLines
 from callbacks.run.preemption import Preemption
+from callbacks.run.quiet import quiet
 from callbacks.run.results import Results
 from callbacks.run.resuming import ExactResume
+from callbacks.run.summary import RunSummary
 from callbacks.writers.base import PredictionWriter
 from featherlight_errors import USER_ERRORS, guarded, sentence_of
 from featherlight_options import OptionParser, arranged, check_files, check_sections, recipe_of
@@ -111,10 +120,17 @@ class FeatherlightCLI(LightningCLI):
         config["callbacks"] = sorted(given, key=lambda callback: isinstance(callback, WeightAveraging))
         if config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
-        chosen = config.get("barebones") or config.get("enable_progress_bar") is not None
-        chosen = chosen or any(isinstance(callback, ProgressBar) for callback in given)
-        if not chosen and not sys.stdout.isatty():
-            callbacks = [*callbacks, LogLines()]
+        if not config.get("barebones"):
+            chosen = config.get("enable_progress_bar") is not None
+            chosen = chosen or any(isinstance(callback, ProgressBar) for callback in given)
+            lines = not chosen and not sys.stdout.isatty()
+            lines_given = any(isinstance(callback, LogLines) for callback in given)
+            callbacks = [*callbacks, RunSummary(given)]
+            callbacks += [] if any(isinstance(c, LearningRateMonitor) for c in given) else [LearningRates()]
+            callbacks += [LogInterval()] if config.get("log_every_n_steps") is None else []
+            callbacks += [] if lines_given else [LogLines() if lines else EpochLines()]
+            if config.get("enable_model_summary") is None:
+                config["enable_model_summary"] = self._get(self.config, "debug")  # ours says less
         return super()._instantiate_trainer(config, callbacks)
 
     @staticmethod
@@ -201,4 +217,6 @@ def run(arguments: list[str]) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a recipe may name classes of a module in the working directory
     given = None if arguments == sys.argv[1:] else arguments
-    return guarded(lambda: make_cli(given), "--debug" in arguments, training="fit" in arguments)
+    debug = "--debug" in arguments
+    with contextlib.nullcontext() if debug else quiet():
+        return guarded(lambda: make_cli(given), debug, training="fit" in arguments)

@@ -277,8 +277,11 @@ class DataModule(LightningDataModule):
         return FeatureCache(folder, encoder, device, batch_size, self.num_workers, self.on_error, **options)
 
     def announce(self, split: Split, content: str, folder: Path, listing: Listing) -> None:
-        """Log on rank 0 what was found where, and how much was left out."""
-        rank_zero_info(f"{type(self).__name__}, {split}: {content} in {folder}{listing.left_out()}.")
+        """Log on rank 0 what was found where, how much was left out, and whether it is made up."""
+        synthetic = ", synthetic" if self.sample else ""
+        rank_zero_info(
+            f"{type(self).__name__}, {split}: {content} in {folder}{synthetic}{listing.left_out()}."
+        )
 
     def require(self, path: Path) -> None:
         """Makes sure that ``path`` exists.

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -63,7 +64,23 @@ def test_help_imports_nothing_heavy():
 
 
 def test_all_four_commands_on_one_recipe(featherlight, recipe, tmp_path):
-    featherlight("fit", "--config", recipe)
+    fitted = featherlight("fit", "--config", recipe)
+    assert_quiet(fitted)
+    for line in (
+        "CIFAR100DataModule, train: 64 images of 10 classes in data/",
+        "device:   CPU, ",
+        "plug-ins: none",
+    ):
+        assert line in fitted.stdout + fitted.stderr
+    assert re.search(
+        r"\nmodel:    ImageClassifier test_vit, [\d.]+ k parameters, weights: random\n", fitted.stdout
+    )
+    assert re.search(r"\nepoch 1/1, step 4, done in .*, loss .*, val/loss .*, val/top1 ", fitted.stdout)
+    assert fitted.stdout.splitlines()[-3:] == [
+        "run:  runs/recipe (config_fit.yaml, checkpoints, logs)",
+        "best: runs/recipe/checkpoints/last.ckpt, the last (checkpoint.monitor chooses none)",
+        "next: featherlight test --config runs/recipe/config_fit.yaml --ckpt_path auto",
+    ]
     run = tmp_path / "runs" / "recipe"
     assert (run / "checkpoints" / "last.ckpt").is_file()
     saved = yaml.safe_load((run / "config_fit.yaml").read_text())
@@ -76,12 +93,20 @@ def test_all_four_commands_on_one_recipe(featherlight, recipe, tmp_path):
     # the saved configuration is itself a recipe
     tested = featherlight("test", "--config", run / "config_fit.yaml", "--ckpt_path", "auto")
     assert "test/top1" in tested.stdout
+    assert_quiet(tested)
     assert json.loads((run / "results.json").read_text())["weights"].startswith("checkpoint: runs/recipe/")
-    featherlight(
+    predicted = featherlight(
         "predict", "--config", recipe, "--ckpt_path", "auto", "--trainer.callbacks+", "ClassificationWriter"
     )
+    assert_quiet(predicted)
     assert (run / "predictions.csv").read_text().count("\n") == 1 + 16
     assert (run / "contact_sheet.png").is_file()
+
+
+def assert_quiet(done):
+    """No warning, no advertisement, no deprecation, nothing that is drawn over and over."""
+    assert not re.search(r"(?i)warning|deprecated|Tip:|lightning/|available:|\r", done.stdout + done.stderr)
+    assert not done.stderr.replace(": ", "").startswith("Seed set")
 
 
 @pytest.fixture
