@@ -362,6 +362,16 @@ class VisionDataModule(DataModule):
         """Height and width of what the network sees, pixels."""
         return self.transforms.image_size
 
+    def announce_classes(self, labels: Sequence[int]) -> None:
+        """Log on rank 0 what each label means, and how many images it has; of many classes the first."""
+        counts = torch.bincount(torch.as_tensor(labels), minlength=self.num_classes).tolist()
+        shown = [
+            f"{label} {name} ({count})"
+            for label, (name, count) in enumerate(zip(self.class_names, counts, strict=False))
+        ]
+        more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
+        rank_zero_info(f"classes: {', '.join(shown[:20])}{more}")
+
     def transform(self, split: Split) -> Callable[[Any], Any]:
         """The image transform of training or of evaluation."""
         chosen = self.transforms.train() if split == "train" else self.transforms.evaluation()

@@ -26,7 +26,8 @@ class ImageClassifier(Method):
 
     Args:
         model: timm model name.
-        num_classes: width of the classifier; must be the data's.
+        num_classes: width of the classifier; must be the data's. The command fills in null: the checkpoint's,
+            else the data's.
         weights: None (random), `pretrained` (timm's own) or a checkpoint file.
         model_args: further arguments of timm's model (`img_size`, `drop_path_rate`, ...).
         mean: per-channel mean for the normalisation; None takes the model's own from timm.
@@ -51,7 +52,7 @@ class ImageClassifier(Method):
     def __init__(
         self,
         model: str,
-        num_classes: int,
+        num_classes: int | None,
         weights: str | Path | None = None,
         model_args: dict[str, Any] | None = None,
         mean: tuple[float, float, float] | None = None,
@@ -68,7 +69,12 @@ class ImageClassifier(Method):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if num_classes is None:
+            raise MisconfigurationException("model.init_args.num_classes: expected the number of classes.")
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.hparams["num_classes"] = (
+            num_classes  # the command may have filled it in since it noted the options
+        )
         self.network = build_network(model, weights, num_classes, **(model_args or {}))
         self.weights_origin = weights_origin(self.network, model, weights)
         if compile:

@@ -303,13 +303,63 @@ def test_a_wrong_option_of_an_optimiser_names_it_and_the_nearest(in_process, rec
     assert "Namespace" not in printed
 
 
-def test_the_best_checkpoint_is_not_known_to_a_new_process(in_process, recipe):
+def test_best_is_what_the_runs_newest_checkpoint_remembers(in_process, recipe, tmp_path):
     status, printed = in_process("test", "--config", recipe, "--ckpt_path", "best")
     assert status == 2
-    assert "error: test --ckpt_path best: which checkpoint was best is not known" in printed
+    assert "error: test --ckpt_path best: there is no checkpoint in 'runs/recipe/checkpoints'." in printed
     status, printed = in_process("test", "--config", recipe, "--ckpt_path", "hpc")
     assert status == 2
     assert "error: ckpt_path: " in printed
+
+    status, printed = in_process("fit", "--config", recipe, "--checkpoint.monitor", "val/top1")
+    assert status == 0
+    kept = "runs/recipe/checkpoints/epoch=0-step=4.ckpt"
+    assert f"\nbest: {kept}, val/top1 " in printed
+    assert "next: featherlight test --config runs/recipe/config_fit.yaml --ckpt_path best\n" in printed
+    for name in ("runs", "moved"):
+        (tmp_path / "runs").rename(tmp_path / name)
+        root = ["--trainer.default_root_dir", f"{name}/recipe"]
+        assert in_process("test", "--config", recipe, *root, "--ckpt_path", "best")[0] == 0
+        report = json.loads((tmp_path / name / "recipe" / "results.json").read_text())
+        assert report["checkpoint"] == kept.replace("runs", name)
+    status, printed = in_process("fit", "--config", recipe, "--ckpt_path", "best")
+    assert status == 2
+    assert "goes on from its newest checkpoint, which is `auto`" in printed
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_told(in_process, recipe, tmp_path):
+    fit = ["fit", "--config", recipe, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
+    run = tmp_path / "runs" / "recipe"
+    assert in_process(*fit)[0] == 0
+    (run / "logs" / "older").write_text("")
+    (run / "notes.txt").write_text("mine")
+    status, printed = in_process(*fit)
+    assert status == 2
+    assert "error: fit: 'runs/recipe' holds a run already (last.ckpt in " in printed
+    assert (run / "logs" / "older").exists()
+
+    assert in_process(*fit, "--ckpt_path", "auto")[0] == 0
+    assert in_process(*fit, "--ckpt_path", "runs/recipe/checkpoints/last.ckpt")[0] == 0
+    (run / "checkpoints" / "epoch=9-step=9.ckpt").write_bytes(b"of the older run")
+    (run / "results.json").write_text("{}")
+    status, printed = in_process(*fit, "--overwrite")
+    assert status == 0, printed
+    there = {
+        str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and "events" not in path.name
+    }
+    assert {name for name in there if "hparams" not in name} == {
+        "notes.txt",
+        "config_fit.yaml",
+        "checkpoints/last.ckpt",
+        "checkpoints/epoch=0-step=1.ckpt",
+    }
+
+
+def test_a_start_that_fails_leaves_no_folder(in_process, recipe, tmp_path):
+    status, printed = in_process("fit", "--config", recipe, "--checkpoint.monitor", "val/topp1")
+    assert status == 2
+    assert "RunCheckpoint: monitor is 'val/topp1'" in printed
+    assert not (tmp_path / "runs" / "recipe").exists()
 
 
 @pytest.mark.parametrize("hook", ["__init__", "setup", "losses"])

@@ -128,7 +128,7 @@ class EfficiencyReport(Callback):
         inputs = self._inputs
         if self.input_size is not None:
             generator = torch.Generator().manual_seed(0)  # the run's own random state stays untouched
-            inputs = {"images": torch.rand(1, *self.input_size, generator=generator).to(module.device)}
+            inputs = {"image": torch.rand(1, *self.input_size, generator=generator).to(module.device)}
         if inputs is None:
             return {}
         path = InferencePath(module)
