@@ -125,8 +125,9 @@ class RunLock(Callback):
             raise MisconfigurationException(refusal)
 
     def _lock(self, trainer: Trainer) -> None:
-        is_new = not os.path.exists(trainer.default_root_dir)
         run, checkpoints = run_directory(trainer), checkpoints_of(trainer)
+        older = (path for path in run.rglob("*") if path.is_file() and path.stat().st_mtime < self._since)
+        is_new = next(older, None) is None
         folders = [run]
         if run.resolve() not in (checkpoints.resolve(), *checkpoints.resolve().parents):
             folders.append(checkpoints)
