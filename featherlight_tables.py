@@ -9,7 +9,9 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,7 +292,8 @@ def render(
     if form == "latex":
         return _as_latex(heads, body)
     said = "" if everything else in_words(rows, shown)
-    return _as_text(heads, body, caption, width) + (f"{said}\n" if said else "")
+    room = width or shutil.get_terminal_size().columns
+    return _as_text(heads, body, caption, width) + "".join(f"{line}\n" for line in textwrap.wrap(said, room))
 
 
 def in_words(rows: Sequence[Row], shown: Mapping[str, str]) -> str:

@@ -34,5 +34,5 @@ featherlight predict --config configs/quickstart.yaml --ckpt_path best \
 
 featherlight results "$runs/alone" "$runs/teacher" "$runs/student"
 echo "Predictions: $runs/student/predictions.csv; picture: $runs/student/contact_sheet.png"
-featherlight results "$runs/teacher" "$runs/student" | tail -n 1
-featherlight results "$runs/alone" "$runs/student" | tail -n 1
+COLUMNS=200 featherlight results "$runs/teacher" "$runs/student" | tail -n 1
+COLUMNS=200 featherlight results "$runs/alone" "$runs/student" | tail -n 1
