@@ -130,7 +130,8 @@ class FeatherlightCLI(LightningCLI):
         if options.num_classes is None and config.data is not None:
             data = self._parser(self.subcommand).instantiate_classes(Namespace(data=config.data)).data
             named = optional(data, HasNumClasses)
-            options.num_classes = None if named is None else named.num_classes
+            with contextlib.suppress(MisconfigurationException):  # they cannot say before they are read
+                options.num_classes = None if named is None else named.num_classes
 
     def instantiate_classes(self) -> None:
         """Build everything; what a constructor objects to is reported in its own words."""

@@ -51,7 +51,10 @@ def instantiate(*arguments, trainer=True):
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_recipes(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cli = instantiate("--config", str(path), "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
+    options = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    if path.name == "images.yaml":  # which counts the folders of data that are not here
+        options += ["--model.init_args.num_classes", "3"]
+    cli = instantiate("--config", str(path), *options)
     assert cli.model is not None
     assert cli.datamodule is not None
     assert cli.trainer.max_epochs or cli.trainer.max_steps
