@@ -43,13 +43,13 @@ def test_the_log_is_without_noise_inside_and_with_it_outside(caplog):
 
 def test_warnings_that_are_known_are_left_out_and_ours_name_no_file():
     before = warnings.formatwarning
-    with warnings.catch_warnings(record=True) as caught, quiet():
-        warnings.simplefilter("always", append=True)
-        for sentence in NOISE:
-            rank_zero_warn(sentence)
-        rank_zero_warn(SAID[1])
-        ours = warnings.formatwarning("a run", UserWarning, module.__file__, 3)
-        theirs = warnings.formatwarning("a run", UserWarning, "/lib/torch/x.py", 3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")  # whatever filters the session has
+        with quiet():
+            for sentence in [*NOISE, SAID[1]]:
+                rank_zero_warn(sentence)
+            ours = warnings.formatwarning("a run", UserWarning, module.__file__, 3)
+            theirs = warnings.formatwarning("a run", UserWarning, "/lib/torch/x.py", 3)
     assert [str(warning.message) for warning in caught] == [SAID[1]]
     assert (ours, theirs) == ("warning: a run\n", "/lib/torch/x.py:3: a run\n")
     assert warnings.formatwarning is before
