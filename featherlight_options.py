@@ -234,7 +234,9 @@ def place_loggers(trainer: Namespace) -> None:
     given = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     for logger in given:
         options = logger.get("init_args") if isinstance(logger, Namespace) else None
-        for name, value in vars(options).items() if options else ():
+        if not isinstance(options, Namespace):
+            continue
+        for name, value in vars(options).items():
             if isinstance(value, (str, os.PathLike)) and "{run}" in str(value):
                 options[name] = str(value).replace("{run}", str(trainer.default_root_dir))
 

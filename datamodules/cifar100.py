@@ -208,7 +208,7 @@ class CIFAR100DataModule(VisionDataModule):
             self.datasets["train"] = PixelDataset(images, labels, np.sort(order[held_out:]))
             self.datasets["val"] = PixelDataset(images, labels, np.sort(order[:held_out]))
             self._say("train", len(images) - held_out)
-            self.announce_classes(labels[order[held_out:]])
+            self.announce_classes(labels[order[held_out:]].tolist())
             if held_out:
                 self._say("val", held_out)
         if "test" not in self.datasets:

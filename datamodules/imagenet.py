@@ -139,10 +139,14 @@ class ImageFolderDataModule(VisionDataModule):
         """Put the images to evaluate on into ``datasets``: of a folder, or held out of training."""
         if self._held_out_of(kind):
             train, held_out = self._divided()
+            assert held_out.labels is not None
             if stage == "fit":
                 self.datasets["train"] = train
             self.datasets[split] = ImageFileDataset(
-                held_out.folder, [os.fsdecode(n) for n in held_out.names], held_out.labels, split == "predict"
+                held_out.folder,
+                [os.fsdecode(n) for n in held_out.names],
+                held_out.labels.tolist(),
+                split == "predict",
             )
             return
         wanted, other = (self.val_dir, self.test_dir) if kind == "val" else (self.test_dir, self.val_dir)

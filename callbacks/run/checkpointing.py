@@ -227,9 +227,9 @@ def chosen_checkpoint(command: str, given: str | None, run: Path, dirpath: str |
                 "fit --ckpt_path best: a run goes on from its newest checkpoint, which is `auto`; to start "
                 "from the best weights, give the file as model.init_args.weights."
             )
-        path = best_checkpoint(command, folder)
-        rank_zero_info(f"ckpt_path best: '{path}'.")
-        return path
+        best = best_checkpoint(command, folder)
+        rank_zero_info(f"ckpt_path best: '{best}'.")
+        return best
     if given != "auto":
         return given
     path = newest_loadable(run, dirpath)
@@ -260,7 +260,9 @@ def best_checkpoint(command: str, folder: Path) -> str:
     if newest is None:
         raise FileNotFoundError(f"{command} --ckpt_path best: there is no checkpoint in '{folder}'.")
     states = _peek(newest).get("callbacks", {})
-    state = next((state for key, state in states.items() if key.startswith(RunCheckpoint.__qualname__)), {})
+    state: dict[str, Any] = next(
+        (state for key, state in states.items() if key.startswith(RunCheckpoint.__qualname__)), {}
+    )
     if not state.get("monitor") or not state.get("best_model_path"):
         raise MisconfigurationException(
             f"{command} --ckpt_path best: nothing chose a best one in '{folder}', as checkpoint.monitor was "

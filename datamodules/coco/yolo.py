@@ -108,14 +108,20 @@ def converted(pictures: Path, labels: Path, names: list[str]) -> dict[str, Any]:
     listing = list_images(pictures)
     if not listing.names:
         raise DataError(f"{pictures} has no images{listing.left_out()}.")
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, name in enumerate(listing.names, start=1):
         width, height = _upright_size(pictures / name)
         images.append({"id": number, "file_name": name, "width": width, "height": height})
         file = labels / Path(name).with_suffix(".txt")
         for label, box, polygon in _objects(file, len(names)) if file.is_file() else ():
             x, y, w, h = (side * size for side, size in zip(box, (width, height) * 2, strict=True))
-            entry = {"id": len(annotations) + 1, "image_id": number, "category_id": label, "iscrowd": 0}
+            entry: dict[str, Any] = {
+                "id": len(annotations) + 1,
+                "image_id": number,
+                "category_id": label,
+                "iscrowd": 0,
+            }
             shape = [side * (width, height)[place % 2] for place, side in enumerate(polygon)]
             entry |= {"segmentation": [shape]} if shape else {}
             annotations.append({**entry, "bbox": [x, y, w, h], "area": w * h})
