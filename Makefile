@@ -9,9 +9,10 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: quickstart test test-oldest test-newest lint clean
 
 $(BIN)/installed: pyproject.toml
+	@echo "Installing into $(VENV): some minutes and about 2 GB, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --editable '.[dev]'
 	touch $@
 
 quickstart: $(BIN)/installed

@@ -33,9 +33,11 @@ common options:
   --trainer.callbacks+=FILE|NAME    plug in a teacher, a pruning schedule, a report, ... (kd, rpg_98, ema)
   --model.init_args.KEY VALUE       change an argument of the method; likewise --data.init_args.KEY
   --trainer.KEY VALUE               change an argument of the Lightning Trainer
-  --ckpt_path PATH|auto             start from a checkpoint; `auto` takes the newest loadable one of this
-  run, or none
+  --ckpt_path PATH|auto|best        start from a checkpoint of this run: `auto` takes the newest that is
+                                    whole, `best` the one that checkpoint.monitor chose
   --seed_everything N               the seed (default 0)
+  --seeds N N N                     one run for each seed, in sub-folders seed_N
+  --overwrite                       let `fit` replace the run that is in its folder
   --print_config                    show the composed configuration and exit
   --debug                           full tracebacks for errors in options, data and files
 
@@ -73,6 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
         from featherlight_demo import demo
 
         return demo(arguments[1:])
+    if "--seeds" in arguments:
+        from featherlight_sweep import sweep
+
+        return sweep(arguments)
     # imports take a while: SLURM's request to go back into the queue waits until `Preemption` can obey it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     from featherlight_cli import run

@@ -1,13 +1,20 @@
 """LightningCLI over the three packages: the only place that sees them all."""
 
+import contextlib
 import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BasePredictionWriter,
+    LearningRateMonitor,
+    ProgressBar,
+    WeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -18,16 +25,28 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 import callbacks as _callbacks  # noqa: F401  (its classes get their short names by being imported)
 import datamodules as _datamodules  # noqa: F401
 import lightning_modules as _lightning_modules  # noqa: F401
-from callbacks.run.checkpointing import AtomicCheckpointIO, RunCheckpoint, chosen_checkpoint
+from callbacks.run.checkpointing import (
+    AtomicCheckpointIO,
+    RunCheckpoint,
+    check_free,
+    chosen_checkpoint,
+    saved_option,
+)
+from callbacks.run.curves import LearningRates, LogInterval
 from callbacks.run.directory import replaced_atomically, run_directory
 from callbacks.run.lock import RunLock
-from callbacks.run.log_lines import LogLines
+from callbacks.run.log_lines import EpochLines, LogLines
+from callbacks.run.monitors import MonitorCheck
 from callbacks.run.preemption import Preemption
+from callbacks.run.quiet import quiet
 from callbacks.run.results import Results
 from callbacks.run.resuming import ExactResume
+from callbacks.run.summary import RunSummary
 from callbacks.writers.base import PredictionWriter
 from featherlight_errors import USER_ERRORS, guarded, sentence_of
-from featherlight_options import OptionParser, arranged, check_files, check_sections, recipe_of
+from featherlight_options import OptionParser, arranged, check_files, check_sections, place_loggers, recipe_of
+from featherlight_recipes import configs
+from lightning_modules.parts.contracts import HasNumClasses, optional
 
 __all__ = ["USER_ERRORS", "FeatherlightCLI", "make_cli", "run"]
 
@@ -51,6 +70,9 @@ class FeatherlightCLI(LightningCLI):
         """Callbacks that every run has; each can be configured under its key."""
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Preemption, "preemption")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="Let `fit` replace the run that is in its folder."
+        )
         parser.add_argument(
             "--debug", action="store_true", help="Full tracebacks for errors in options and data."
         )
@@ -90,9 +112,26 @@ class FeatherlightCLI(LightningCLI):
             config.trainer.default_root_dir = os.path.join(config.trainer.default_root_dir, subfolder)
             if config.checkpoint.dirpath is not None:
                 config.checkpoint.dirpath = os.path.join(config.checkpoint.dirpath, subfolder)
+        place_loggers(config.trainer)
         if self.subcommand:
             directory, folder = Path(config.trainer.default_root_dir), config.checkpoint.dirpath
             config.ckpt_path = chosen_checkpoint(self.subcommand, config.ckpt_path, directory, folder)
+            if self.subcommand == "fit" and not config.overwrite and not config.trainer.fast_dev_run:
+                check_free(directory, folder, config.ckpt_path)
+
+        if "data" in config and "num_classes" in (config.model.get("init_args") or {}):
+            self._fill_in_classes(config)
+
+    def _fill_in_classes(self, config: Any) -> None:
+        """Ask the checkpoint, else the data, how many classes there are, where the recipe leaves it open."""
+        options = config.model.init_args
+        if options.num_classes is None:
+            options.num_classes = saved_option(config.get("ckpt_path"), "num_classes")
+        if options.num_classes is None and config.data is not None:
+            data = self._parser(self.subcommand).instantiate_classes(Namespace(data=config.data)).data
+            named = optional(data, HasNumClasses)
+            with contextlib.suppress(MisconfigurationException):  # they cannot say before they are read
+                options.num_classes = None if named is None else named.num_classes
 
     def instantiate_classes(self) -> None:
         """Build everything; what a constructor objects to is reported in its own words."""
@@ -105,16 +144,24 @@ class FeatherlightCLI(LightningCLI):
             raise MisconfigurationException(sentence) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        callbacks = [RunLock(self._get(self.config, "overwrite")), MonitorCheck(), *callbacks]
         # weight averaging copies the module as it finds it: whatever joins the module must have done so
         given = config["callbacks"] or []
         given = given if isinstance(given, list) else [given]
         config["callbacks"] = sorted(given, key=lambda callback: isinstance(callback, WeightAveraging))
         if config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
-        chosen = config.get("barebones") or config.get("enable_progress_bar") is not None
-        chosen = chosen or any(isinstance(callback, ProgressBar) for callback in given)
-        if not chosen and not sys.stdout.isatty():
-            callbacks = [*callbacks, LogLines()]
+        if not config.get("barebones"):
+            chosen = config.get("enable_progress_bar") is not None
+            chosen = chosen or any(isinstance(callback, ProgressBar) for callback in given)
+            lines = not chosen and not sys.stdout.isatty()
+            lines_given = any(isinstance(callback, LogLines) for callback in given)
+            callbacks = [*callbacks, RunSummary(given)]
+            callbacks += [] if any(isinstance(c, LearningRateMonitor) for c in given) else [LearningRates()]
+            callbacks += [LogInterval()] if config.get("log_every_n_steps") is None else []
+            callbacks += [] if lines_given else [LogLines() if lines else EpochLines()]
+            if config.get("enable_model_summary") is None:
+                config["enable_model_summary"] = self._get(self.config, "debug")  # ours says less
         return super()._instantiate_trainer(config, callbacks)
 
     @staticmethod
@@ -123,7 +170,9 @@ class FeatherlightCLI(LightningCLI):
         name = recipe_of(file for file in config.get("config") or [] if file is not None)
         if name is None:
             return Path("runs") / "default"
-        recipe = Path(os.path.relpath(name)).with_suffix("")
+        home = configs()  # where a recipe that was named has come from, whatever folder that lies in
+        inside = home is not None and Path(name).resolve().is_relative_to(home)
+        recipe = Path(os.path.relpath(name, home if inside else None)).with_suffix("")
         parts = [part for part in recipe.parts if part not in ("..", "configs", os.sep)]
         return Path("runs", *parts[-2:])
 
@@ -174,7 +223,7 @@ def make_cli(arguments: list[str] | None, run: bool = True, with_trainer: bool =
         subclass_mode_data=True,
         save_config_callback=SaveRunConfig,
         save_config_kwargs={"save_to_log_dir": False},
-        trainer_defaults={"callbacks": [RunLock(), ExactResume(), Results()]},
+        trainer_defaults={"callbacks": [ExactResume(), Results()]},
         seed_everything_default=0,
         auto_configure_optimizers=False,
         args=arguments,
@@ -201,4 +250,6 @@ def run(arguments: list[str]) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a recipe may name classes of a module in the working directory
     given = None if arguments == sys.argv[1:] else arguments
-    return guarded(lambda: make_cli(given), "--debug" in arguments, training="fit" in arguments)
+    debug = "--debug" in arguments
+    with contextlib.nullcontext() if debug else quiet():
+        return guarded(lambda: make_cli(given), debug, training="fit" in arguments)

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from pickle import UnpicklingError
 from types import TracebackType
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks.run.escaping import printable
+from callbacks.run.quiet import OURS
 from datamodules.reading import CorruptSampleError
 from featherlight_options import one_line, shortened
 from lightning_modules.parts.finite import NotFiniteError
@@ -25,8 +25,6 @@ from lightning_modules.parts.weights import examples
 USER_ERRORS = (MisconfigurationException, FileNotFoundError, UnpicklingError, CorruptSampleError)
 PATIENCE = 10.0  # seconds that a rank gives rank 0 to say the same
 
-_HERE = Path(__file__).resolve().parent
-_OURS = tuple(str(_HERE / name) for name in ("callbacks", "datamodules", "lightning_modules", "featherlight"))
 _BUGS = (AttributeError, NameError, AssertionError, NotImplementedError, RecursionError, SyntaxError)
 """Not the user's; a class of others may object by an assertion to options that it was given."""
 _MAKING = frozenset(
@@ -77,7 +75,7 @@ def _on_purpose(error: BaseException) -> bool:
 
 
 def _is_ours(place: TracebackType) -> bool:
-    return place.tb_frame.f_code.co_filename.startswith(_OURS)
+    return place.tb_frame.f_code.co_filename.startswith(OURS)
 
 
 def _of_a_constructor(error: Exception, text: str) -> str | None:
@@ -125,7 +123,7 @@ def _of_a_worker(error: BaseException, text: str) -> str | None:
     story = str(error).rpartition("Traceback (most recent call last):\n")[2]
     frames = re.findall(r'^  File "(.*)", line .*\n +(.*)', story, re.MULTILINE)
     end = re.search(r"^([\w.]+): (.*)\Z", story, re.MULTILINE | re.DOTALL)
-    on_purpose = bool(frames) and frames[-1][0].startswith(_OURS) and frames[-1][1].startswith("raise ")
+    on_purpose = bool(frames) and frames[-1][0].startswith(OURS) and frames[-1][1].startswith("raise ")
     if end is None or not (on_purpose or isinstance(error, (*USER_ERRORS, OSError, MemoryError))):
         return None
     return printable(one_line(end[2]))

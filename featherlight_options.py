@@ -225,6 +225,22 @@ def check_sections(config: Namespace) -> None:
             )
 
 
+def place_loggers(trainer: Namespace) -> None:
+    """Write the run's directory where a logger's options say `{run}`; the configuration is changed.
+
+    Args:
+        trainer: its options, with `default_root_dir`.
+    """
+    given = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    for logger in given:
+        options = logger.get("init_args") if isinstance(logger, Namespace) else None
+        if not isinstance(options, Namespace):
+            continue
+        for name, value in vars(options).items():
+            if isinstance(value, (str, os.PathLike)) and "{run}" in str(value):
+                options[name] = str(value).replace("{run}", str(trainer.default_root_dir))
+
+
 def recipe_of(files: Iterable[Any]) -> str | None:
     """The first file that names a model, else the first: a run is called after it."""
     names = [str(file) for file in files]

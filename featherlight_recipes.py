@@ -300,7 +300,8 @@ _featherlight() {
   elif [ "${COMP_WORDS[1]}" = copy ]; then
     words="$(featherlight list recipes plugins --names)"
   else
-    words="--config --model --data --trainer.callbacks+ --ckpt_path --seed_everything --print_config --debug"
+    words="--config --model --data --trainer.callbacks+ --ckpt_path --seed_everything"
+    words="$words --seeds --overwrite --print_config --debug"
   fi
   COMPREPLY=($(compgen -W "$words" -- "$word"))
 }

@@ -9,7 +9,9 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -297,7 +299,36 @@ def render(
     caption = f"on {printable(devices[0])}" if len(devices) == 1 else ""
     if form == "markdown":
         return _as_markdown(heads, body) + (f"\n{caption}\n" if caption else "")
-    return _as_latex(heads, body) if form == "latex" else _as_text(heads, body, caption, width)
+    if form == "latex":
+        return _as_latex(heads, body)
+    said = "" if everything else in_words(rows, shown)
+    room = width or shutil.get_terminal_size().columns
+    return _as_text(heads, body, caption, width) + "".join(f"{line}\n" for line in textwrap.wrap(said, room))
+
+
+def in_words(rows: Sequence[Row], shown: Mapping[str, str]) -> str:
+    """What the last of several runs has gained or lost against the first; empty where nothing compares.
+
+    >>> alone, distilled = Row("alone", {"test/top1": [0.4]}), Row("distilled", {"test/top1": [0.5]})
+    >>> in_words([alone, distilled], {"top1": "test/top1"})
+    'distilled against alone: top1 0.5 for 0.4 (+10 points).'
+    """
+    measured = [row for row in rows if row.numbers]
+    if len(measured) < 2:
+        return ""
+    first, last = measured[0], measured[-1]
+    parts = []
+    for heading, name in shown.items():
+        ours, base = last.mean(name), first.mean(name)
+        if ours is None or base is None or base <= 0 or not math.isfinite(ours / base):
+            continue
+        if name.startswith(("test/", "val/")):
+            fraction = 0 <= ours <= 1 and 0 <= base <= 1
+            gain = f"{100 * (ours - base):+.3g} points" if fraction else f"{100 * (ours / base - 1):+.3g} %"
+            parts.append(f"{heading} {human(name, ours)} for {human(name, base)} ({gain})")
+        elif heading in ("size", "latency"):
+            parts.append(f"{ours / base:.2g} times the {heading}")
+    return f"{last.name} against {first.name}: {', '.join(parts)}." if parts else ""
 
 
 def _cell(row: Row, first: Row, name: str, form: str) -> str:

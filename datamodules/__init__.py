@@ -4,6 +4,7 @@ from datamodules.base import DataModule, TransformImage, VisionDataModule
 from datamodules.cifar100 import CIFAR100DataModule
 from datamodules.coco.module import CocoDataModule
 from datamodules.coco.transforms import DecoPlusTransforms, DecoTransforms, DetectionTransforms
+from datamodules.coco.yolo import YoloDataModule
 from datamodules.fake_images.module import FakeImagesDataModule
 from datamodules.fake_images.transforms import Degradation, FakeImageTransforms
 from datamodules.glue import CorpusToTask, EntityDataModule, GlueDataModule
@@ -50,6 +51,7 @@ __all__ = [
     "TextDataModule",
     "TransformImage",
     "VisionDataModule",
+    "YoloDataModule",
     "ZeroShotSet",
     "hash_seed",
     "read_image",

@@ -304,8 +304,11 @@ class DataModule(LightningDataModule):
         return FeatureCache(folder, encoder, device, batch_size, self.num_workers, self.on_error, **options)
 
     def announce(self, split: Split, content: str, folder: Path, listing: Listing) -> None:
-        """Log on rank 0 what was found where, and how much was left out."""
-        rank_zero_info(f"{type(self).__name__}, {split}: {content} in {folder}{listing.left_out()}.")
+        """Log on rank 0 what was found where, how much was left out, and whether it is made up."""
+        synthetic = ", synthetic" if self.sample else ""
+        rank_zero_info(
+            f"{type(self).__name__}, {split}: {content} in {folder}{synthetic}{listing.left_out()}."
+        )
 
     def require(self, path: Path) -> None:
         """Makes sure that ``path`` exists.
@@ -393,6 +396,16 @@ class VisionDataModule(DataModule):
     def image_size(self) -> int:
         """Height and width of what the network sees, pixels."""
         return self.transforms.image_size
+
+    def announce_classes(self, labels: Sequence[int]) -> None:
+        """Log on rank 0 what each label means, and how many images it has; of many classes the first."""
+        counts = torch.bincount(torch.as_tensor(labels), minlength=self.num_classes).tolist()
+        shown = [
+            f"{label} {name} ({count})"
+            for label, (name, count) in enumerate(zip(self.class_names, counts, strict=False))
+        ]
+        more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
+        rank_zero_info(f"classes: {', '.join(shown[:20])}{more}")
 
     def transform(self, split: Split) -> Callable[[Any], Any]:
         """The image transform of training or of evaluation."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
@@ -207,6 +208,7 @@ class CIFAR100DataModule(VisionDataModule):
             self.datasets["train"] = PixelDataset(images, labels, np.sort(order[held_out:]))
             self.datasets["val"] = PixelDataset(images, labels, np.sort(order[:held_out]))
             self._say("train", len(images) - held_out)
+            self.announce_classes(labels[order[held_out:]].tolist())
             if held_out:
                 self._say("val", held_out)
         if "test" not in self.datasets:
@@ -217,6 +219,11 @@ class CIFAR100DataModule(VisionDataModule):
         self.datasets["predict"] = self.datasets["test"]
         if not self.val_fraction:
             self.datasets["val"] = self.datasets["test"]
+            if stage == "fit":
+                rank_zero_info(
+                    f"{type(self).__name__}, val: the test images too; val_fraction would hold some out of "
+                    "training."
+                )
 
     def _say(self, split: Split, images: int) -> None:
         self.announce(split, f"{images} images of {self.num_classes} classes", self.folder, Listing([]))

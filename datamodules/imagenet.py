@@ -1,12 +1,12 @@
 """Folders of images, one for each class; ImageNet is one of them."""
 
-import logging
 import os
 import re
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -15,8 +15,6 @@ from datamodules.reading import DataError, Listing, list_folders, list_images, r
 from datamodules.samples.drawing import class_name
 from datamodules.samples.imagenet import write_image_folders
 from datamodules.samples.writing import is_sample
-
-log = logging.getLogger(__name__)
 
 
 class ImageFileDataset(Dataset[dict[str, Any]]):
@@ -68,12 +66,15 @@ class ImageFolderDataModule(VisionDataModule):
     """Any data set in the layout ``<root>/{train,val,test}/<class>/<image>``.
 
     Labels are the positions of the sorted names of the training folders; images in folders below a class
-    belong to it. Without a test folder the validation images are tested, and the other way round.
+    belong to it. Without a test folder the validation images are tested, and the other way round, which is
+    said.
 
     Args:
         train_dir: name of the training folder.
         val_dir: name of the validation folder.
         test_dir: name of the test folder.
+        val_fraction: share of each class that is held out of the training images, by the seed, where there is
+            no validation folder; then class folders may also lie in ``root`` itself.
         options: of ``VisionDataModule``.
 
     Raises:
@@ -85,9 +86,18 @@ class ImageFolderDataModule(VisionDataModule):
     )
 
     def __init__(
-        self, *, train_dir: str = "train", val_dir: str = "val", test_dir: str = "test", **options: Any
+        self,
+        *,
+        train_dir: str = "train",
+        val_dir: str = "val",
+        test_dir: str = "test",
+        val_fraction: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction: must be at least 0 and below 1, got {val_fraction}.")
+        self.val_fraction = val_fraction
         self.train_dir = train_dir
         self.val_dir = val_dir
         self.test_dir = test_dir
@@ -100,7 +110,7 @@ class ImageFolderDataModule(VisionDataModule):
         """
         if self._class_names is None:
             folders = [self.root / name for name in (self.train_dir, self.val_dir, self.test_dir)]
-            existing = [folder for folder in folders if folder.is_dir()]
+            existing = [folder for folder in (*folders, self._train_folder()) if folder.is_dir()]
             if not existing and self.sample:
                 return self._sample_names()
             self.require(folders[0] if not existing else existing[0])
@@ -113,24 +123,92 @@ class ImageFolderDataModule(VisionDataModule):
         write_image_folders(self.root, self.sample_size, self.sample_classes)
 
     def setup(self, stage: str) -> None:
-        """Lists the files of the splits of ``stage`` ("fit", "validate", "test" or "predict")."""
-        if stage == "fit":
-            self.datasets["train"] = self._listed("train", self.root / self.train_dir)
+        """Lists the files of the splits of ``stage`` ("fit", "validate", "test" or "predict").
+
+        Raises:
+            DataError: there are no validation images, and nothing says where they come from.
+        """
+        if stage == "fit" and not self._held_out_of("val"):
+            self.datasets["train"] = self._listed("train", self._train_folder())
         if stage in ("fit", "validate"):
-            self.datasets["val"] = self._listed("val", self._first_folder("val", self.val_dir, self.test_dir))
+            self._evaluated("val", "val", stage)
         elif stage in ("test", "predict"):
-            split: Split = "test" if stage == "test" else "predict"
-            self.datasets[split] = self._listed(
-                split, self._first_folder("test", self.test_dir, self.val_dir)
+            self._evaluated("test" if stage == "test" else "predict", "test", stage)
+
+    def _evaluated(self, split: Split, kind: str, stage: str) -> None:
+        """Put the images to evaluate on into ``datasets``: of a folder, or held out of training."""
+        if self._held_out_of(kind):
+            train, held_out = self._divided()
+            assert held_out.labels is not None
+            if stage == "fit":
+                self.datasets["train"] = train
+            self.datasets[split] = ImageFileDataset(
+                held_out.folder,
+                [os.fsdecode(n) for n in held_out.names],
+                held_out.labels.tolist(),
+                split == "predict",
             )
+            return
+        wanted, other = (self.val_dir, self.test_dir) if kind == "val" else (self.test_dir, self.val_dir)
+        self.datasets[split] = self._listed(split, self._first_folder(kind, wanted, other))
+
+    def _train_folder(self) -> Path:
+        """Where the class folders of training are: ``root`` itself, if it holds none of the splits."""
+        flat = not any((self.root / name).is_dir() for name in (self.train_dir, self.val_dir, self.test_dir))
+        return self.root if flat and self.val_fraction and self.root.is_dir() else self.root / self.train_dir
+
+    def _held_out_of(self, kind: str) -> bool:
+        """Whether a split is part of the training images."""
+        folders = (self.val_dir,) if kind == "val" else (self.test_dir, self.val_dir)
+        return self.val_fraction > 0 and not any((self.root / name).is_dir() for name in folders)
+
+    def _divided(self) -> tuple[ImageFileDataset, ImageFileDataset]:
+        """The training images without and with those that are held out: a share of every class, by the seed.
+
+        Raises:
+            DataError: nothing is left on one side.
+        """
+        everything = self._listed("train", self._train_folder())
+        labels = everything.labels
+        assert labels is not None
+        generator = np.random.default_rng(self.run_seed)
+        chosen = np.zeros(len(labels), bool)
+        for label in np.unique(labels):
+            places = generator.permutation(np.flatnonzero(labels == label))
+            count = max(1, round(self.val_fraction * len(places))) if len(places) > 1 else 0
+            chosen[places[:count]] = True
+        if chosen.all() or not chosen.any():
+            raise DataError(
+                f"val_fraction: {self.val_fraction} of {len(labels)} images in {everything.folder} leaves "
+                "none to train or to validate on."
+            )
+        rank_zero_info(
+            f"{type(self).__name__}: {chosen.sum()} of them, {self.val_fraction:g} of each class, are held "
+            f"out for evaluation (val_fraction, seed {self.run_seed}); {(~chosen).sum()} are trained on."
+        )
+        names = [os.fsdecode(name) for name in everything.names]
+        parts = []
+        for places in (np.flatnonzero(~chosen), np.flatnonzero(chosen)):
+            kept = [names[place] for place in places]
+            parts.append(ImageFileDataset(everything.folder, kept, labels[places].tolist()))
+        return parts[0], parts[1]
 
     def _sample_names(self) -> list[str]:
         return sorted(class_name(label) for label in range(self.sample_classes))
 
     def _first_folder(self, split: str, wanted: str, other: str) -> Path:
         if not (self.root / wanted).is_dir() and (self.root / other).is_dir():
-            log.info("%s has no folder %s: %s is used as %s data.", self.root, wanted, other, split)
+            remedy = ", or set val_fraction to hold some out of training" if split == "val" else ""
+            rank_zero_info(
+                f"{type(self).__name__}: {self.root} has no folder {wanted}, so the images of {other} are "
+                f"the {split} data too. Give {wanted} images of its own{remedy}."
+            )
             return self.root / other
+        if split == "val" and not (self.root / wanted).is_dir() and (self.root / self.train_dir).is_dir():
+            raise DataError(
+                f"{self.root} has no folder {wanted} to validate on: set val_fraction, such as 0.2, to hold "
+                f"images out of {self.train_dir}."
+            )
         return self.root / wanted
 
     def _listed(self, split: Split, folder: Path) -> ImageFileDataset:
@@ -159,6 +237,7 @@ class ImageFolderDataModule(VisionDataModule):
             raise DataError(f"{folder} has no images in class folders{hint}. Expected: {self.layout}.")
         listing = Listing(names, hidden, other)
         self.announce(split, f"{len(names)} images of {len(classes.names)} classes", folder, listing)
+        self.announce_classes(labels)
         return ImageFileDataset(folder, names, labels, with_path=split == "predict")
 
     def _check_classes(self, folder: Path, names: list[str]) -> None:

@@ -18,6 +18,7 @@ from lightning_modules.parts.contracts import HasRoot, datamodule_of, optional
 from lightning_modules.parts.finite import FiniteGuard, verify_outputs
 from lightning_modules.parts.logging import log_in_place
 from lightning_modules.parts.modes import train_what_is_trained
+from lightning_modules.parts.names import compare_names, names_of
 from lightning_modules.parts.optimizers import SavedOptimizer, optimizer_fault, saved_optimizers
 from lightning_modules.parts.reproducibility import seed_step
 from lightning_modules.parts.schedules import WarmupSchedule, fixed_length
@@ -82,6 +83,7 @@ class Method(LightningModule):
         self.objectives = nn.ModuleDict()
         self._objective_optimizers: dict[str, str | None] = {}
         self.weights_origin = "random"
+        self.class_names: list[str] | None = None  # of the data that a loaded checkpoint was trained on
         self._finite = FiniteGuard()
         self._saved_optimizers: list[SavedOptimizer] | None = None
         self._saved_schedules: int | None = None
@@ -339,8 +341,11 @@ class Method(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only plain hyper-parameters, so that the file loads with `weights_only=True`; name the
-        optimisers.
+        optimisers and the classes.
         """
+        names = None if self._trainer is None else names_of(datamodule_of(self.trainer))
+        if (names := names or self.class_names) is not None:
+            checkpoint["class_names"] = names
         if "optimizer_states" in checkpoint:
             checkpoint["optimizers"] = [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
         if "hyper_parameters" in checkpoint:
@@ -349,8 +354,15 @@ class Method(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drop the state of objectives that are not attached now; ask for the callbacks of those that are
         missing.
+
+        Raises:
+            MisconfigurationException: the data's classes are in another order than the checkpoint's, or an
+                objective has no state in it.
         """
         self.weights_origin = "checkpoint"
+        self.class_names = checkpoint.get("class_names")
+        if self.class_names is not None and self._trainer is not None:
+            compare_names(self.class_names, datamodule_of(self.trainer))
         state = checkpoint["state_dict"]
         saved = {key.split(".")[1] for key in state if key.startswith("objectives.")}
         unclaimed = sorted(saved - set(self.objectives))

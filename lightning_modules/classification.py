@@ -26,7 +26,8 @@ class ImageClassifier(Method):
 
     Args:
         model: timm model name.
-        num_classes: width of the classifier; must be the data's.
+        num_classes: width of the classifier; must be the data's. The command fills in null: the checkpoint's,
+            else the data's.
         weights: None (random), `pretrained` (timm's own) or a checkpoint file.
         model_args: further arguments of timm's model (`img_size`, `drop_path_rate`, ...).
         mean: per-channel mean for the normalisation; None takes the model's own from timm.
@@ -51,7 +52,7 @@ class ImageClassifier(Method):
     def __init__(
         self,
         model: str,
-        num_classes: int,
+        num_classes: int | None,
         weights: str | Path | None = None,
         model_args: dict[str, Any] | None = None,
         mean: tuple[float, float, float] | None = None,
@@ -68,7 +69,12 @@ class ImageClassifier(Method):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if num_classes is None:
+            raise MisconfigurationException("model.init_args.num_classes: expected the number of classes.")
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.hparams["num_classes"] = (
+            num_classes  # the command may have filled it in since it noted the options
+        )
         self.network = build_network(model, weights, num_classes, **(model_args or {}))
         self.weights_origin = weights_origin(self.network, model, weights)
         if compile:
@@ -90,10 +96,10 @@ class ImageClassifier(Method):
                 num_classes=num_classes,
             )
         self.random_erasing = random_erasing
+        self._ranks = (1, 5) if num_classes > 5 else (1,)  # of five classes the true one is always among five
         for stage in ("val", "test"):
-            for k in (1, 5):
-                metric = MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro")
-                setattr(self, f"{stage}_top{k}", metric)
+            for k in self._ranks:
+                setattr(self, f"{stage}_top{k}", MulticlassAccuracy(num_classes, top_k=k, average="micro"))
 
     def setup(self, stage: str) -> None:
         """Compare the class counts of data and model.
@@ -148,29 +154,35 @@ class ImageClassifier(Method):
         """Cross-entropy (or binary cross-entropy) against the labels, under its own name."""
         if self.loss_weight == 0:
             return {}
-        logits, labels = outputs["logits"].float(), batch["label"]
         smoothing = 0.0 if self.mix is not None else self.label_smoothing
+        return {self.loss: self.loss_weight * self._loss(outputs["logits"], batch["label"], smoothing)}
+
+    def _loss(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+        logits = logits.float()
         if self.loss == "ce":
-            return {"ce": self.loss_weight * F.cross_entropy(logits, labels, label_smoothing=smoothing)}
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
         if labels.ndim == 1:
             labels = (
                 F.one_hot(labels, self.num_classes).float() * (1 - smoothing) + smoothing / self.num_classes
             )
-        return {"bce": self.loss_weight * F.binary_cross_entropy_with_logits(logits, labels)}
+        return F.binary_cross_entropy_with_logits(logits, labels)
 
     # Evaluation
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Terms:
-        """Top-1 and top-5 accuracy, fractions."""
+        """Top-1 and, of more than five classes, top-5 accuracy, fractions; `val/loss`, without smoothing."""
         return self._evaluate("val", batch)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> Terms:
-        """Top-1 and top-5 accuracy, fractions."""
+        """Top-1 and, of more than five classes, top-5 accuracy, fractions."""
         return self._evaluate("test", batch)
 
     def _evaluate(self, stage: str, batch: dict[str, Any]) -> Terms:
         logits = self(batch["image"])
-        for k in (1, 5):
+        if stage == "val":
+            loss = self._loss(logits, batch["label"])
+            self.log("val/loss", loss, on_epoch=True, batch_size=len(logits), sync_dist=True)
+        for k in self._ranks:
             metric = getattr(self, f"{stage}_top{k}")
             metric.update(logits, batch["label"])
             self.log(f"{stage}/top{k}", metric, on_step=False, on_epoch=True, prog_bar=k == 1)

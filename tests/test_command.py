@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -63,7 +64,23 @@ def test_help_imports_nothing_heavy():
 
 
 def test_all_four_commands_on_one_recipe(featherlight, recipe, tmp_path):
-    featherlight("fit", "--config", recipe, script=True)
+    fitted = featherlight("fit", "--config", recipe, script=True)
+    assert_quiet(fitted)
+    for line in (
+        "CIFAR100DataModule, train: 64 images of 10 classes in data/",
+        "device:   CPU, ",
+        "plug-ins: none",
+    ):
+        assert line in fitted.stdout + fitted.stderr
+    assert re.search(
+        r"\nmodel:    ImageClassifier test_vit, [\d.]+ k parameters, weights: random\n", fitted.stdout
+    )
+    assert re.search(r"\nepoch 1/1, step 4, done in .*, loss .*, val/loss .*, val/top1 ", fitted.stdout)
+    assert fitted.stdout.splitlines()[-3:] == [
+        "run:  runs/recipe (config_fit.yaml, checkpoints, logs)",
+        "best: runs/recipe/checkpoints/last.ckpt, the last (checkpoint.monitor chooses none)",
+        "next: featherlight test --config runs/recipe/config_fit.yaml --ckpt_path auto",
+    ]
     run = tmp_path / "runs" / "recipe"
     assert (run / "checkpoints" / "last.ckpt").is_file()
     saved = yaml.safe_load((run / "config_fit.yaml").read_text())
@@ -76,12 +93,20 @@ def test_all_four_commands_on_one_recipe(featherlight, recipe, tmp_path):
     # the saved configuration is itself a recipe
     tested = featherlight("test", "--config", run / "config_fit.yaml", "--ckpt_path", "auto")
     assert "test/top1" in tested.stdout
+    assert_quiet(tested)
     assert json.loads((run / "results.json").read_text())["weights"].startswith("checkpoint: runs/recipe/")
-    featherlight(
+    predicted = featherlight(
         "predict", "--config", recipe, "--ckpt_path", "auto", "--trainer.callbacks+", "ClassificationWriter"
     )
+    assert_quiet(predicted)
     assert (run / "predictions.csv").read_text().count("\n") == 1 + 16
     assert (run / "contact_sheet.png").is_file()
+
+
+def assert_quiet(done):
+    """No warning, no advertisement, no deprecation, nothing that is drawn over and over."""
+    assert not re.search(r"(?i)warning|deprecated|Tip:|lightning/|available:|\r", done.stdout + done.stderr)
+    assert not done.stderr.replace(": ", "").startswith("Seed set")
 
 
 @pytest.fixture
@@ -278,13 +303,63 @@ def test_a_wrong_option_of_an_optimiser_names_it_and_the_nearest(in_process, rec
     assert "Namespace" not in printed
 
 
-def test_the_best_checkpoint_is_not_known_to_a_new_process(in_process, recipe):
+def test_best_is_what_the_runs_newest_checkpoint_remembers(in_process, recipe, tmp_path):
     status, printed = in_process("test", "--config", recipe, "--ckpt_path", "best")
     assert status == 2
-    assert "error: test --ckpt_path best: which checkpoint was best is not known" in printed
+    assert "error: test --ckpt_path best: there is no checkpoint in 'runs/recipe/checkpoints'." in printed
     status, printed = in_process("test", "--config", recipe, "--ckpt_path", "hpc")
     assert status == 2
     assert "error: ckpt_path: " in printed
+
+    status, printed = in_process("fit", "--config", recipe, "--checkpoint.monitor", "val/top1")
+    assert status == 0
+    kept = "runs/recipe/checkpoints/epoch=0-step=4.ckpt"
+    assert f"\nbest: {kept}, val/top1 " in printed
+    assert "next: featherlight test --config runs/recipe/config_fit.yaml --ckpt_path best\n" in printed
+    for name in ("runs", "moved"):
+        (tmp_path / "runs").rename(tmp_path / name)
+        root = ["--trainer.default_root_dir", f"{name}/recipe"]
+        assert in_process("test", "--config", recipe, *root, "--ckpt_path", "best")[0] == 0
+        report = json.loads((tmp_path / name / "recipe" / "results.json").read_text())
+        assert report["checkpoint"] == kept.replace("runs", name)
+    status, printed = in_process("fit", "--config", recipe, "--ckpt_path", "best")
+    assert status == 2
+    assert "goes on from its newest checkpoint, which is `auto`" in printed
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_told(in_process, recipe, tmp_path):
+    fit = ["fit", "--config", recipe, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
+    run = tmp_path / "runs" / "recipe"
+    assert in_process(*fit)[0] == 0
+    (run / "logs" / "older").write_text("")
+    (run / "notes.txt").write_text("mine")
+    status, printed = in_process(*fit)
+    assert status == 2
+    assert "error: fit: 'runs/recipe' holds a run already (last.ckpt in " in printed
+    assert (run / "logs" / "older").exists()
+
+    assert in_process(*fit, "--ckpt_path", "auto")[0] == 0
+    assert in_process(*fit, "--ckpt_path", "runs/recipe/checkpoints/last.ckpt")[0] == 0
+    (run / "checkpoints" / "epoch=9-step=9.ckpt").write_bytes(b"of the older run")
+    (run / "results.json").write_text("{}")
+    status, printed = in_process(*fit, "--overwrite")
+    assert status == 0, printed
+    there = {
+        str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and "events" not in path.name
+    }
+    assert {name for name in there if "hparams" not in name} == {
+        "notes.txt",
+        "config_fit.yaml",
+        "checkpoints/last.ckpt",
+        "checkpoints/epoch=0-step=1.ckpt",
+    }
+
+
+def test_a_start_that_fails_leaves_no_folder(in_process, recipe, tmp_path):
+    status, printed = in_process("fit", "--config", recipe, "--checkpoint.monitor", "val/topp1")
+    assert status == 2
+    assert "RunCheckpoint: monitor is 'val/topp1'" in printed
+    assert not (tmp_path / "runs" / "recipe").exists()
 
 
 @pytest.mark.parametrize("hook", ["__init__", "setup", "losses"])

@@ -51,7 +51,10 @@ def instantiate(*arguments, trainer=True):
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_recipes(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cli = instantiate("--config", str(path), "--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
+    options = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    if path.name == "images.yaml":  # which counts the folders of data that are not here
+        options += ["--model.init_args.num_classes", "3"]
+    cli = instantiate("--config", str(path), *options)
     assert cli.model is not None
     assert cli.datamodule is not None
     assert cli.trainer.max_epochs or cli.trainer.max_steps
@@ -69,12 +72,14 @@ def test_drop_ins(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", OVERLAYS, ids=name)
 def test_overlays_keep_to_known_options(path, tmp_path, monkeypatch):
     recipe = base_of(path)
+    if path.stem in ("wandb", "mlflow"):
+        pytest.importorskip(path.stem)
     monkeypatch.chdir(tmp_path)
     cli = instantiate("--config", str(recipe), "--config", str(path), trainer=False)
     added = [entry["class_path"] for entry in (CONTENTS[path].get("trainer") or {}).get("callbacks+", [])]
     assert {type(callback).__name__ for callback in cli.config_init.trainer.callbacks or []} >= set(added)
     for section, options in CONTENTS[path].items():
-        assert_holds(cli.config[section], options)
+        assert_holds(cli.config[section], options, cli.config.trainer.default_root_dir)
 
 
 def base_of(path):
@@ -83,12 +88,14 @@ def base_of(path):
     return CONFIGS / (named[1] if named else "quickstart.yaml")
 
 
-def assert_holds(config, options):
+def assert_holds(config, options, root):
     """Every plain value of `options` is found where it belongs in the composed configuration."""
     config = config._asdict() if hasattr(config, "_asdict") else config  # named tuples are built already
     for key, value in options.items():
         if isinstance(value, dict):
-            assert_holds(config[key], value)
+            assert_holds(config[key], value, root)
         elif not isinstance(value, list):
             found = config[key]
+            if "{run}" in str(value):
+                value = value.replace("{run}", str(root))
             assert found == value or str(value) in (getattr(found, "name", None), str(found))  # enums, paths

@@ -119,6 +119,7 @@ PRIVATE = (
         "logging a step's losses in place",
     ),
     Private(_CLI, "_get", _COMMAND, "the options of the Trainer"),
+    Private(_CLI, "_parser", _COMMAND, "asking the data for the number of classes"),
     Private(_CLI, "_instantiate_trainer", _COMMAND, "the order of callbacks"),
     Private(_CLI, "_parse_ckpt_path", _COMMAND, "options from the recipe instead of from the checkpoint"),
     Private(_CLI, "_prepare_subcommand_parser", _COMMAND, "the defaults of each subcommand"),

@@ -41,6 +41,9 @@ def test_a_row_a_run_with_what_matters_and_the_change(tmp_path):
     assert "on Some CPU" in text
     assert all(len(line) <= 80 for line in lines)
     assert "test/loss" not in text
+    said = " ".join(text.partition("on Some CPU")[2].split())
+    gain = "top1 0.25 for 0.5 (-25 points), 1 times the size, 1 times the latency."
+    assert said == f"student against teacher: {gain}"
 
 
 def test_seeds_of_one_run_are_a_mean_and_a_deviation(tmp_path):

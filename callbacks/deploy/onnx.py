@@ -3,6 +3,7 @@
 import glob
 import importlib.util
 import inspect
+import json
 import logging
 import os
 import re
@@ -31,6 +32,7 @@ from lightning_modules.parts.inference import (
     named_outputs,
     spec_of,
 )
+from lightning_modules.parts.names import known_names
 from lightning_modules.parts.strategies import is_sharded
 
 PROTOBUF_LIMIT = 1_900_000_000  # bytes; an ONNX file of 2 GiB needs its weights beside it
@@ -40,11 +42,12 @@ class ONNXExport(Callback):
     """Exports the inference path to ONNX, with a free batch size, and compares it with torch in onnxruntime.
 
     Inputs, outputs and free sizes are called as the module declares, see `InferenceSpec`. The graph holds the
-    normalisation: the input of an image method is `images`, float32 (batch, 3, height, width) in [0, 1], of
-    the height and width of the first batch. Weights that were pruned are zeros in the file. The file appears
-    in the run directory only if it passed the comparison, at the exported batch size of two, at one and
-    three, and at half of every other free size. What a module deploys beside its path (the decoder of a
-    segmenter) has a file of its own, `<stem>_<part>.onnx`, see `HasInferenceParts`.
+    normalisation: the input of an image method is `image`, float32 (batch, 3, height, width) in [0, 1], of
+    the height and width of the first batch. The names of the classes are in the file's metadata, as JSON
+    under `class_names`. Weights that were pruned are zeros in the file. The file appears in the run directory
+    only if it passed the comparison, at the exported batch size of two, at one and three, and at half of
+    every other free size. What a module deploys beside its path (the decoder of a segmenter) has a file of
+    its own, `<stem>_<part>.onnx`, see `HasInferenceParts`.
 
     Args:
         when: after `test`, or after `fit` (the last weights then, not the best checkpoint's).
@@ -148,9 +151,15 @@ class ONNXExport(Callback):
             with torch.inference_mode(False), torch.no_grad(), evaluating(module):
                 module.cpu()
                 try:
-                    spec = spec_of(module, self._inputs)
+                    spec, classes = spec_of(module, self._inputs), known_names(trainer, module)
                     self._report = export_onnx(
-                        InferencePath(module), self._inputs, path, self.tolerance, self.opset, spec
+                        InferencePath(module),
+                        self._inputs,
+                        path,
+                        self.tolerance,
+                        self.opset,
+                        spec,
+                        class_names=classes,
                     )
                     if (owner := optional(module, HasInferenceParts)) is not None:
                         self._report["parts"] = self._export_parts(owner, path)
@@ -181,6 +190,7 @@ def export_onnx(
     opset: int | None = None,
     spec: InferenceSpec = InferenceSpec(),
     translations: Mapping[Any, Any] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Export `network` with a free batch size to `path`, if onnxruntime gives what torch gives.
 
@@ -194,6 +204,7 @@ def export_onnx(
         spec: names of outputs and of free sizes.
         translations: `{operator of torch: function of onnxscript}` for operators that the exporter does not
             know.
+        class_names: for the file's metadata.
 
     Returns:
         `path`, `bytes`, `opset`, `max_abs_difference`, `tolerance`, `export_seconds`.
@@ -213,6 +224,8 @@ def export_onnx(
     batches = _batches(inputs, spec)
     _check_free_sizes(network, batches)
     program = _traced(network, spec.rows(inputs, 2), opset, spec, translations)
+    if class_names is not None:
+        program.model.metadata_props["class_names"] = json.dumps(list(class_names))
     large = state_dict_bytes(network) > PROTOBUF_LIMIT
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as directory:
         # weights beside the graph get a name of their own: an older pair stays whole until the new one is

@@ -1,5 +1,6 @@
 """What a network costs: parameters, non-zeros, MACs, bytes, time; measured on what was tested."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -127,7 +128,7 @@ class EfficiencyReport(Callback):
         inputs = self._inputs
         if self.input_size is not None:
             generator = torch.Generator().manual_seed(0)  # the run's own random state stays untouched
-            inputs = {"images": torch.rand(1, *self.input_size, generator=generator).to(module.device)}
+            inputs = {"image": torch.rand(1, *self.input_size, generator=generator).to(module.device)}
         if inputs is None:
             return {}
         path = InferencePath(module)
@@ -154,7 +155,7 @@ class EfficiencyReport(Callback):
         filled = {name: repeat_to(tensor, self.batch_size) for name, tensor in inputs.items()}
         batch = list(filled.values())
         budget = Budget(self.warmup, self.repeats, self.max_seconds / 2)
-        shown = trainer.progress_bar_callback is not None
+        shown = trainer.progress_bar_callback is not None and sys.stderr.isatty()
         with (
             trainer.precision_plugin.forward_context(),
             BudgetBar("latency and throughput", self.max_seconds, shown) as bar,

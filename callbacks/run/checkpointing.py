@@ -209,22 +209,27 @@ def chosen_checkpoint(command: str, given: str | None, run: Path, dirpath: str |
 
     Args:
         command: `fit`, `validate`, `test` or `predict`.
-        given: `auto` (see `newest_loadable`), `last`, or anything else, which is left alone.
+        given: `auto` (see `newest_loadable`), `best` (see `best_checkpoint`), `last`, or anything else, which
+            is left alone.
         run: the run's directory.
         dirpath: `checkpoint.dirpath`.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, and weights are to be evaluated.
-        MisconfigurationException: for `best`.
+        MisconfigurationException: `best` of a run that monitors nothing, or to be trained on.
     """
     folder = checkpoint_directory(run, dirpath)
     if given == "last" and command != "fit" and not (folder / "last.ckpt").exists():
         raise FileNotFoundError(f"{command} --ckpt_path last: there is no '{folder / 'last.ckpt'}'.")
     if given == "best":
-        raise MisconfigurationException(
-            f"{command} --ckpt_path best: which checkpoint was best is not known to a new process: name its "
-            f"file in '{folder}', or write `auto`."
-        )
+        if command == "fit":
+            raise MisconfigurationException(
+                "fit --ckpt_path best: a run goes on from its newest checkpoint, which is `auto`; to start "
+                "from the best weights, give the file as model.init_args.weights."
+            )
+        best = best_checkpoint(command, folder)
+        rank_zero_info(f"ckpt_path best: '{best}'.")
+        return best
     if given != "auto":
         return given
     path = newest_loadable(run, dirpath)
@@ -238,6 +243,65 @@ def chosen_checkpoint(command: str, given: str | None, run: Path, dirpath: str |
             "(`featherlight fit`), name a file, or leave --ckpt_path out to use the model's own weights."
         )
     return path
+
+
+def best_checkpoint(command: str, folder: Path) -> str:
+    """The checkpoint that a run's `checkpoint.monitor` chose, as its newest checkpoint remembers.
+
+    Args:
+        command: for messages.
+        folder: of the checkpoints.
+
+    Raises:
+        FileNotFoundError: there is none, or it is gone.
+        MisconfigurationException: the run monitored nothing.
+    """
+    newest = max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    if newest is None:
+        raise FileNotFoundError(f"{command} --ckpt_path best: there is no checkpoint in '{folder}'.")
+    states = _peek(newest).get("callbacks", {})
+    state: dict[str, Any] = next(
+        (state for key, state in states.items() if key.startswith(RunCheckpoint.__qualname__)), {}
+    )
+    if not state.get("monitor") or not state.get("best_model_path"):
+        raise MisconfigurationException(
+            f"{command} --ckpt_path best: nothing chose a best one in '{folder}', as checkpoint.monitor was "
+            "not set: write `auto` for the newest, or name a file."
+        )
+    path = folder / Path(state["best_model_path"]).name  # the folder may have moved since
+    if not path.exists():
+        raise FileNotFoundError(f"{command} --ckpt_path best: '{path}' was the best, and is not there.")
+    return str(path)
+
+
+def saved_option(path: str | None, name: str) -> Any:
+    """A hyper-parameter of the model that wrote a checkpoint; None where there is no such file or value."""
+    if path is None or not Path(path).is_file():
+        return None
+    return _peek(Path(path)).get("hyper_parameters", {}).get(name)
+
+
+def check_free(run: Path, dirpath: str | None, ckpt_path: str | None) -> None:
+    """Refuse to train into a folder that holds another run.
+
+    Args:
+        run: the run's directory.
+        dirpath: `checkpoint.dirpath`.
+        ckpt_path: what the run goes on from; a checkpoint of the folder itself means the same run.
+
+    Raises:
+        MisconfigurationException: there are checkpoints of a run that this one does not go on with.
+    """
+    folder = checkpoint_directory(run, dirpath)
+    others = sorted(folder.glob("*.ckpt"))
+    if not others or ckpt_path in ("last", "hpc", "registry"):
+        return
+    if ckpt_path is not None and Path(ckpt_path).resolve().parent == folder.resolve():
+        return
+    raise MisconfigurationException(
+        f"fit: '{run}' holds a run already ({others[-1].name} in '{folder}'): go on with it by --ckpt_path "
+        "auto, replace it with --overwrite, or choose another trainer.default_root_dir."
+    )
 
 
 def newest_loadable(run: Path, dirpath: str | None = None) -> str | None:

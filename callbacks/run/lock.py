@@ -1,9 +1,11 @@
 """One training run at a time in a folder: the lock, and the tidying that it makes safe."""
 
+import contextlib
 import errno
 import fcntl
 import os
 import re
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -90,10 +92,18 @@ class RunLock(Callback):
     Two runs in one folder would overwrite each other's checkpoints. Rank 0 locks the run's directory, and the
     folder of the checkpoints where `checkpoint.dirpath` puts it elsewhere. Commands that only read
     checkpoints are free to run beside a `fit`.
+
+    A start that fails before the first step leaves nothing in a folder that was not there before.
+
+    Args:
+        overwrite: remove the run that is there, once it is certain that nobody works on it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, overwrite: bool = False) -> None:
+        self.overwrite = overwrite
+        self._since = time.time()
         self._locks: list[FolderLock] = []
+        self._new: tuple[Path, Path] | None = None  # the run's folders, while nothing was trained in them
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lock and tidy, in `fit`.
@@ -116,15 +126,24 @@ class RunLock(Callback):
 
     def _lock(self, trainer: Trainer) -> None:
         run, checkpoints = run_directory(trainer), checkpoints_of(trainer)
+        older = (path for path in run.rglob("*") if path.is_file() and path.stat().st_mtime < self._since)
+        is_new = next(older, None) is None
         folders = [run]
         if run.resolve() not in (checkpoints.resolve(), *checkpoints.resolve().parents):
             folders.append(checkpoints)
         for folder in folders:
             self._locks.append(FolderLock(folder))
+        self._new = (run, checkpoints) if is_new else None
+        if self.overwrite:
+            remove_run(run, checkpoints, before=self._since)  # this run's log is open already
         for file in checkpoints.glob(".*.partial"):
             if _PARTIAL.fullmatch(file.name):
                 file.unlink(missing_ok=True)
                 rank_zero_info(f"'{file}' is removed: a killed run left it unfinished.")
+
+    def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
+        """From here on the folder holds a run."""
+        self._new = None
 
     def _release(self) -> None:
         while self._locks:
@@ -137,3 +156,32 @@ class RunLock(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let the next run in, as `teardown` is not called."""
         self._release()
+        new, self._new = self._new, None
+        if new is not None and not any(new[1].glob("*.ckpt")):
+            for logger in trainer.loggers:
+                logger.finalize("failed")
+            remove_run(*new)
+            for folder in reversed(new):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # where it is empty
+
+
+def remove_run(run: Path, checkpoints: Path, before: float = float("inf")) -> None:
+    """Remove what a run has written: checkpoints, logs, configurations, results; other files stay.
+
+    Args:
+        run: its folder.
+        checkpoints: the folder of its checkpoints.
+        before: newer files of the log stay; seconds since the epoch.
+    """
+    for file in (*checkpoints.glob("*.ckpt"), *run.glob("config_*.yaml"), *run.glob("results*.json")):
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
+            file.unlink(missing_ok=True)
+    for path in (*sorted((run / "logs").rglob("*"), reverse=True), run / "logs"):
+        with contextlib.suppress(OSError):  # a folder that is not empty
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            elif path.lstat().st_mtime < before:
+                path.unlink()

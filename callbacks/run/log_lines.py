@@ -4,7 +4,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
 from callbacks.run.directory import announce
@@ -78,10 +78,7 @@ class LogLines(ProgressBar):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what the epoch came to."""
-        took = _duration(time.monotonic() - self._began["epoch"])
-        self._say(
-            trainer, _epoch(trainer), f"step {trainer.global_step}", f"done in {took}", *_metrics(trainer)
-        )
+        self._say(trainer, *_epoch_parts(trainer, time.monotonic() - self._began["epoch"]))
 
     # Evaluation
 
@@ -195,6 +192,29 @@ class LogLines(ProgressBar):
     def _say(self, trainer: Trainer, *parts: str) -> None:
         if self._enabled:
             announce(trainer, ", ".join(parts))
+
+
+class EpochLines(Callback):
+    """Prints the line of each epoch's end, as `LogLines` does, above a progress bar that is redrawn."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the epoch's clock."""
+        self._began = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what the epoch came to."""
+        announce(trainer, ", ".join(_epoch_parts(trainer, time.monotonic() - self._began)))
+
+
+def _epoch_parts(trainer: Trainer, seconds: float) -> list[str]:
+    """What an epoch came to, at its end."""
+    parts = [_epoch(trainer), f"step {trainer.global_step}", f"done in {_duration(seconds)}"]
+    if (loss := trainer.callback_metrics.get("train/loss")) is not None:
+        parts.append(f"loss {float(loss):.4g}")
+    return parts + _metrics(trainer)
 
 
 def _batches_done(trainer: Trainer) -> int:

@@ -204,12 +204,12 @@ def print_table(report: Mapping[str, Any], path: Path) -> None:
 
     device = report["device"]
     count = f"{device['count']} x " if device["count"] > 1 else ""
-    where = f"{count}{device['name']}, {device['precision']}"
-    title, weights = f"results of {report['stage']}", report.get("weights")
+    caption = [f"{count}{device['name']}, {device['precision']}"]
+    title, weights = [f"results of {report['stage']}"], report.get("weights")
     if weights is not None:
-        where += f"\nweights: {weights}"
-        title += f"\n{weights} weights: {UNTRAINED}" if weights.startswith("random") else ""
-    table = Table(title=Text(printable(title)), caption=Text(printable(where)))
+        caption.append(f"weights: {weights}")
+        title += [f"{weights} weights: {UNTRAINED}"] if weights.startswith("random") else []
+    table = Table(title=_lines(title), caption=_lines(caption))
     table.add_column("metric", overflow="fold")
     table.add_column("value", justify="right", overflow="fold")
     sections = {"": report["metrics"]} | {key: part for key, part in report.items() if key not in RESERVED}
@@ -220,3 +220,9 @@ def print_table(report: Mapping[str, Any], path: Path) -> None:
     console = Console()
     console.print(table)
     console.print(f"written to {printable(str(path))}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _lines(parts: list[str]) -> Any:
+    from rich.text import Text
+
+    return Text("\n".join(printable(part) for part in parts))

@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import itertools
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +23,13 @@ if TYPE_CHECKING:
 
 
 class ClassificationWriter(PredictionWriter):
-    """Writes `predictions.csv` and a picture of the first images, `contact_sheet.png`, after `predict`.
+    """Writes `predictions.csv` and a picture of some images, `contact_sheet.png`, after `predict`.
 
     Columns: `index`, `path`, `label`, `label_name` (empty where unknown), then `class_1`, `name_1`,
     `probability_1` for the most probable class, and so on down to `top_k`. On the sheet a prediction that
     disagrees with a known label is red and names the label.
 
+    The images of the sheet are spread evenly over the data, which are often in the order of their classes.
     Class names come from the data module's `class_names`, else from the module's, else they are like
     `class_12`.
 
@@ -47,17 +50,20 @@ class ClassificationWriter(PredictionWriter):
         self.sheet_images = sheet_images
         self.sheet_columns = sheet_columns
         self._kept = 0
+        self._chosen: frozenset[int] = frozenset()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin empty."""
         super().on_predict_start(trainer, pl_module)
         self._kept = 0
+        length = _predicted(trainer) or self.sheet_images
+        self._chosen = _spread(length, min(self.sheet_images, length))
 
     def rows(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any
     ) -> Iterator[dict[str, Any]]:
-        """`index`, `path`, `label`, `classes` and `probabilities` (the `top_k`), `thumbnail` for the first
-        images.
+        """`index`, `path`, `label`, `classes` and `probabilities` (the `top_k`), `thumbnail` for those
+        of the sheet.
 
         Raises:
             MisconfigurationException: `predict_step` returned no `probabilities` and `index`.
@@ -83,12 +89,12 @@ class ClassificationWriter(PredictionWriter):
         total = probabilities.shape[1]
         for place, (index, path, label, top, probability) in enumerate(columns):
             row = {"index": index, "path": None if path is None else str(path), "label": label}
-            thumbnail = self._thumbnail(trainer, known.get("image"), place)
+            thumbnail = self._thumbnail(trainer, known.get("image"), place) if index in self._chosen else None
             yield {**row, "classes": top, "probabilities": probability, "of": total, "thumbnail": thumbnail}
 
     def _thumbnail(self, trainer: Trainer, images: Any, place: int) -> str | None:
-        """Save a small picture of one of a rank's first images beside its shard; the name of the file."""
-        if self._kept >= self.sheet_images or not isinstance(images, Tensor):
+        """Save a small picture of one of the images beside its shard; the name of the file."""
+        if not isinstance(images, Tensor):
             return None
         name = f"rank{trainer.global_rank:05d}-{self._kept}.png"
         picture = to_pil(images[place])
@@ -99,7 +105,7 @@ class ClassificationWriter(PredictionWriter):
         return name
 
     def write(self, trainer: Trainer, module: LightningModule, rows: Iterator[dict[str, Any]]) -> None:
-        """Write the table, and draw the first images that have a thumbnail."""
+        """Write the table, and draw the images that have a thumbnail."""
         path = run_directory(trainer) / "predictions.csv"
         shown: list[dict[str, Any]] = []
         names: Sequence[str] = ()
@@ -124,7 +130,7 @@ class ClassificationWriter(PredictionWriter):
             path = run_directory(trainer) / "contact_sheet.png"
             with replaced_atomically(path) as unfinished:
                 picture.save(unfinished)
-            announce(trainer, f"the first {len(shown)} images drawn in {path}")
+            announce(trainer, f"{len(shown)} of {count} images drawn in {path}")
 
     def _draw(self, shown: Sequence[dict[str, Any]], names: Sequence[str], shards: Path) -> "Image.Image":
         from PIL import Image
@@ -139,6 +145,24 @@ class ClassificationWriter(PredictionWriter):
             captions.append(f"{caption}\nlabel: {printable(_name(names, label))}" if wrong else caption)
             colours.append(WRONG if wrong else INK)
         return contact_sheet(pictures, captions, colours, self.sheet_columns)
+
+
+def _predicted(trainer: Trainer) -> int:
+    """How many samples are predicted on, by the longest of the loaders; 0 where they do not say."""
+    loaders = trainer.predict_dataloaders
+    loaders = loaders if isinstance(loaders, list) else [loaders]
+    counts = [0]
+    for loader, batches in zip(loaders, trainer.num_predict_batches, strict=False):
+        with contextlib.suppress(TypeError, AttributeError):  # a stream has no length
+            counts.append(round(len(loader.dataset) * batches / len(loader)))
+    return max(counts)
+
+
+def _spread(length: int, count: int) -> frozenset[int]:
+    """`count` of `length` places, one at random in each of equal stretches, as data may be sorted."""
+    generator = random.Random(0)
+    ends = [number * length // count for number in range(count + 1)] if count else []
+    return frozenset(generator.randrange(start, end) for start, end in itertools.pairwise(ends))
 
 
 def _described(outputs: Any) -> str:

@@ -99,11 +99,14 @@ class DetectionWriter(PredictionWriter):
                 [x1, y1, x2 - x1, y2 - y1, score, label]
                 for score, label, (x1, y1, x2, y2) in zip(scores, labels, boxes, strict=True)
             ]
+            shown = [row for row in found if row[4] >= self.draw_score]
             if self.max_pictures is None or index < self.max_pictures:
-                self._draw(trainer, Path(path), index, [row for row in found if row[4] >= self.draw_score])
+                self._draw(trainer, Path(path), index, shown)
+            else:
+                shown = []
             kept = [row for row in found if row[4] >= self.min_score]
             known = {"image_id": image_id, "file_name": Path(path).name}
-            yield {"index": index, **known, "detections": kept}
+            yield {"index": index, **known, "detections": kept, "drawn": len(shown)}
 
     def write(self, trainer: Trainer, module: LightningModule, rows: Iterator[dict[str, Any]]) -> None:
         """The JSON, one detection a line."""
@@ -111,11 +114,12 @@ class DetectionWriter(PredictionWriter):
         numbered, named = optional(data, HasCategoryIds), optional(data, HasPredictedEntries)
         ids = numbered.category_ids if numbered is not None else ()
         path = run_directory(trainer) / "detections.json"
-        images = count = nameless = 0
+        images = count = nameless = drawn = 0
         with replaced_atomically(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             file.write("[")
             for row in rows:
                 images += 1
+                drawn += bool(row["drawn"])
                 known = row if named is None else named.predicted_entry(row["index"])
                 for *bbox, score, label in row["detections"]:
                     category = ids[label] if label < len(ids) else label
@@ -136,7 +140,9 @@ class DetectionWriter(PredictionWriter):
         lost = f" ({nameless} of labels without a category there are left out)" if nameless else ""
         announce(trainer, f"{count} detections in {images} images written to {path}{lost}")
         if self.max_pictures != 0:
-            announce(trainer, f"pictures drawn in {pictures(trainer)}")
+            shown = images if self.max_pictures is None else min(images, self.max_pictures)
+            boxes = f"{drawn} of {shown} have a box of score {self.draw_score:g} or more (draw_score)"
+            announce(trainer, f"pictures drawn in {pictures(trainer)}: {boxes}")
 
     def _draw(self, trainer: Trainer, source: Path, index: int, found: list[list[float]]) -> None:
         picture = open_picture(trainer, source, index)

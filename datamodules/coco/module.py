@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from datamodules.base import DataModule, Split
 from datamodules.coco.annotations import CocoAnnotations
@@ -214,8 +215,15 @@ class CocoDataModule(DataModule):
         if default_ranks()[0] == 0:
             odd = census.empty or census.ignored or not census.objects
             odd = odd or (self.masks and (census.short or census.shapeless))
-            level = logging.WARNING if odd else logging.INFO
-            log.log(level, "%s, %s: %s has %s.", type(self).__name__, split, path, said)
+            said = f"{type(self).__name__}, {split}: {path} has {said}."
+            if odd:
+                log.warning(said)
+            else:
+                rank_zero_info(said)
+            if split == "train":
+                shown = [f"{label} {name}" for name, label in list(self.labels.items())[:20]]
+                more = f" and {len(self.labels) - 20} more" if len(self.labels) > 20 else ""
+                rank_zero_info(f"classes: {', '.join(shown)}{more}")
 
     def _path(self, split: Split) -> Path:
         """The annotation file of a split."""

@@ -19,7 +19,7 @@ from lightning_modules.deco.losses import (
     assignment_errors,
     pad_targets,
 )
-from lightning_modules.deco.names import compare_class_counts, recall_names, remember_names
+from lightning_modules.deco.names import compare_class_counts, recall_names
 from lightning_modules.deco.network import DetectionNetwork, network_images
 from lightning_modules.deco.plus import DecoPlus
 from lightning_modules.deco.released import load_backbone, load_detector
@@ -199,11 +199,6 @@ class DecoDetector(Method):
         return {**self.detect(batch)._asdict(), **known}
 
     # Checkpoints
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the class names, too."""
-        super().on_save_checkpoint(checkpoint)
-        remember_names(checkpoint, datamodule_of(self.trainer))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Have the data number its labels by the class names that the weights were trained with."""

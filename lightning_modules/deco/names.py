@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_modules.parts.contracts import HasClassNames, HasNamedLabels, HasNumClasses, optional
+from lightning_modules.parts.contracts import HasNamedLabels, HasNumClasses, optional
 
 
 def compare_class_counts(data: Any, num_classes: int, stage: str) -> None:
@@ -25,14 +25,6 @@ def compare_class_counts(data: Any, num_classes: int, stage: str) -> None:
             f"The data's labels go up to {found - 1}, but model.network.init_args.num_classes is "
             f"{num_classes}."
         )
-
-
-def remember_names(checkpoint: dict[str, Any], data: Any) -> None:
-    """Put the data's class names into a checkpoint that is saved, if it has any."""
-    named = optional(data, HasClassNames)
-    names = None if named is None else named.class_names
-    if names is not None:
-        checkpoint["class_names"] = list(names)
 
 
 def recall_names(checkpoint: dict[str, Any], data: Any) -> None:

@@ -104,7 +104,7 @@ class CNNDetector(LogitDetector):
 
     def inference_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Images in [0, 1]: the inference path normalises them."""
-        return {"images": batch["image"]}
+        return {"image": batch["image"]}
 
 
 class NearestNeighbors(FakeDetector):

@@ -80,7 +80,7 @@ CLASSIFIER = InferenceSpec(outputs=("logits",), unit="images", kinds={"logits": 
 """Images in, logits out."""
 
 _KNOWN = {
-    "image": ("images", InferenceSpec(unit="images")),
+    "image": ("image", InferenceSpec(unit="images")),
     "input_ids": ("input_ids", InferenceSpec(unit="tokens", unit_axes=(0, 1))),
 }
 """By key of a batch: name of the input, and what is assumed of a module that declares nothing."""

@@ -128,8 +128,8 @@ class TinySAMModule(CalibrationPass, Method):
         return self.network(self.normalize(images), size)
 
     def inference_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`images` in the frame, and the `size` of the pictures in them."""
-        return {"images": batch["image"], "size": batch["size"]}
+        """`image` in the frame, and the `size` of the picture in it."""
+        return {"image": batch["image"], "size": batch["size"]}
 
     def inference_parts(self, inputs: Mapping[str, Tensor]) -> dict[str, InferencePart]:
         """The decoder, with SAM's inputs and outputs: see `PromptedDecoder`."""

@@ -25,7 +25,7 @@ def test_it_learns_the_blobs(trainer, blob_data):
     run.fit(module, datamodule=data)
     metrics = run.test(module, datamodule=data, verbose=False)[0]
     assert metrics["test/top1"] > 0.9
-    assert metrics["test/top5"] == 1.0
+    assert "test/top5" not in metrics  # of four classes the true one is always among five
     rows = run.predict(module, datamodule=data)
     assert set(rows[0]) == {"probabilities", "index", "label"}
     assert rows[0]["probabilities"].sum(dim=1) == pytest.approx(torch.ones(16), abs=1e-5)

@@ -61,12 +61,14 @@ def test_a_pruned_classifier_after_test(trainer, blob_data, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "results.json"]
 
     images = torch.rand(5, 3, 32, 32)  # another batch size than any that was tried
-    (logits,) = session(path).run(None, {"images": images.numpy()})
+    (logits,) = session(path).run(None, {"image": images.numpy()})
     module.eval()
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(logits), module(images), atol=1e-5, rtol=1e-4)
 
-    assert names_of(path) == [("images", ["batch", 3, 32, 32]), ("logits", ["batch", 4])]
+    assert names_of(path) == [("image", ["batch", 3, 32, 32]), ("logits", ["batch", 4])]
+    metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert json.loads(metadata["class_names"]) == [f"corner {index}" for index in range(4)]
     graph = onnx.load(path).graph
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param
     weights = [torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer]
@@ -82,7 +84,7 @@ def test_after_fit_with_the_size_of_validation(trainer, blob_data, tmp_path):
     run.fit(module, blob_data(size=24).train_dataloader(), blob_data(size=16).val_dataloader())
     hook.remove()
     images = torch.rand(1, 3, 16, 16)
-    (logits,) = session(tmp_path / "student.onnx").run(None, {"images": images.numpy()})
+    (logits,) = session(tmp_path / "student.onnx").run(None, {"image": images.numpy()})
     module.eval()
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(logits), InferencePath(module)(images))

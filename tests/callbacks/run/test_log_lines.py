@@ -38,7 +38,10 @@ def test_a_line_for_each_batch_and_epoch(trainer, blob_data, classifier, capsys)
         found[2],
     )
     assert [line.split(",")[0] for line in found[4:7]] == ["validate"] * 3
-    assert re.fullmatch(rf"epoch 1/2, step 3, done in 0:00:\d\d, val/top1 {number}.*", found[7])
+    assert re.fullmatch(
+        rf"epoch 1/2, step 3, done in 0:00:\d\d, loss {number}, val/loss {number}, val/top1 {number}",
+        found[7],
+    )
     assert found[10].startswith("epoch 2/2, step 6, batch 3/3")
     assert found[10].endswith(", 0:00:00 left")
     run.test(classifier, blob_data(length=24), verbose=False)

@@ -100,8 +100,11 @@ def test_scores_below_the_least_are_left_out(trainer, tmp_path):
     assert [row["category_id"] for row in found] == [17] * 5
 
 
-def test_pictures_show_the_good_detections(trainer, tmp_path):
+def test_pictures_show_the_good_detections(trainer, tmp_path, capsys):
+    predict(trainer, tmp_path, DetectionWriter(draw_score=0.99, max_pictures=3))
+    assert "0 of 3 have a box of score 0.99 or more (draw_score)" in capsys.readouterr().out
     predict(trainer, tmp_path, DetectionWriter(draw_score=0.5, max_pictures=3))
+    assert "3 of 3 have a box of score 0.5 or more" in capsys.readouterr().out
     drawn = sorted((tmp_path / "run" / "detections").iterdir())
     assert [path.name for path in drawn] == [f"{n:06d}_{n:012d}.jpg" for n in range(3)]
     pixels = np.asarray(Image.open(drawn[0]).convert("RGB")).max(axis=2)

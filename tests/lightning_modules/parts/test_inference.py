@@ -39,10 +39,10 @@ def detector():
 
 
 METHODS = {
-    "classifier": (lambda: ImageClassifier("test_vit", 4, model_args={"img_size": 32}), "images", ["logits"]),
-    "detector": (detector, "images", ["logits", "boxes"]),
+    "classifier": (lambda: ImageClassifier("test_vit", 4, model_args={"img_size": 32}), "image", ["logits"]),
+    "detector": (detector, "image", ["logits", "boxes"]),
     "gendet": (lambda: GenDet(Encoder(), dim=16, heads=2), "features", ["logits"]),
-    "cnn": (lambda: CNNDetector("test_resnet", None), "images", ["logits"]),
+    "cnn": (lambda: CNNDetector("test_resnet", None), "image", ["logits"]),
     "language model": (language_model, "input_ids", ["logits"]),
 }
 
@@ -78,7 +78,7 @@ def test_the_path_gives_what_the_module_gives():
 
 def test_a_module_that_declares_nothing_is_read_by_its_batch():
     module = LightningModule()
-    assert list(inputs_of(module, IMAGE)) == ["images"]
+    assert list(inputs_of(module, IMAGE)) == ["image"]
     assert spec_of(module, inputs_of(module, IMAGE)).unit == "images"
     assert spec_of(module, {"input_ids": torch.zeros(2, 5)}).units({"input_ids": torch.zeros(2, 5)}) == 10
     assert spec_of(module, {"points": torch.zeros(2, 5)}) == InferenceSpec()

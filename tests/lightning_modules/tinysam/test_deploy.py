@@ -93,7 +93,7 @@ def test_encoder_and_decoder_are_two_files(data, trainer, tmp_path):
     )
     image = np.random.RandomState(0).rand(1, 3, 64, 64).astype(np.float32)
     image[:, :, 48:] = 0  # a picture of 64 x 48, and padding
-    (embedding,) = encoder.run(None, {"images": image, "size": np.array([[48, 64]])})
+    (embedding,) = encoder.run(None, {"image": image, "size": np.array([[48, 64]])})
     with torch.no_grad():
         wanted = module(torch.from_numpy(image), torch.tensor([[48, 64]]))
     np.testing.assert_allclose(embedding, wanted, atol=1e-4)
