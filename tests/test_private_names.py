@@ -172,6 +172,12 @@ PRIVATE = (
         ("lightning_modules/parts/schedules.py",),
         "the learning rate that loggers show",
     ),
+    Private(
+        "torch.nn.Module",
+        "_load_from_state_dict",
+        ("callbacks/quantization/vision/operands.py",),
+        "loading steps whose shapes calibration decided",
+    ),
     Private("torch.utils", "_python_dispatch", ("callbacks/measure/macs.py",), "counting MACs"),
     Private("torch.ops.aten.mm.default", "_schema", ("callbacks/measure/macs.py",), "counting MACs"),
     Private("torch.UntypedStorage", "_cdata", ("callbacks/measure/macs.py",), "MACs of sparse weights"),

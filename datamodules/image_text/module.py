@@ -125,7 +125,7 @@ class ImageTextDataModule(DataModule):
         self.context_length, self.transforms = context_length, transforms
         self.max_skip_fraction = max_skip_fraction
         self.zero_shot, self.retrieval = zero_shot or [], retrieval or []
-        names = [each.name for each in (*self.zero_shot, *self.retrieval)]
+        names = [*(each.name for each in self.zero_shot), *(each.name for each in self.retrieval)]
         if len(set(names)) < len(names) or any("/" in name for name in names):
             raise ValueError(
                 f"zero_shot and retrieval need different names without '/', not {', '.join(names)}."

@@ -29,6 +29,9 @@ class ZeroShotAccuracy(Metric):
     """`top1`, `top5` and `mean_class` (of top-1 over the classes that occur), percent, each index once."""
 
     full_state_update = False
+    rank: list[Tensor]
+    label: list[Tensor]
+    index: list[Tensor]
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -82,12 +85,10 @@ class BothWays:
 
     def compute(self) -> dict[str, Tensor]:
         """`i2t_R@k`, `t2i_R@k`, percent, and `mean_recall`; empty where a side was not read."""
-        if not all(metric.ready for metric in self.metrics.values()):
+        values = {way: self.metrics[way].compute() for way in ("i2t", "t2i")}  # gathers, on every rank
+        if not all(values.values()):
             return {}
-        found = {}
-        for way in ("i2t", "t2i"):
-            values = self.metrics[way].compute()
-            found |= {f"{way}_R@{k}": values[f"R{k}"] for k in TOP}
+        found: dict[str, Tensor] = {f"{way}_R@{k}": values[way][f"R{k}"] for way in values for k in TOP}
         return {**found, "mean_recall": torch.stack(list(found.values())).mean()}
 
 
@@ -166,10 +167,11 @@ class ImageTextMethod(Method):
 
     def _shortened(self, split: str) -> bool:
         limit = {"val": self.trainer.limit_val_batches, "test": self.trainer.limit_test_batches}[split]
-        return limit not in (None, 1.0) or bool(self.trainer.fast_dev_run)
+        return limit not in (None, 1.0) or bool(getattr(self.trainer, "fast_dev_run", False))
 
     def _measured(self, split: str) -> Iterator[tuple[str, Tensor]]:
-        for part, metric in (*self._accuracy.items(), *self._recall.items()):
+        measured: dict[str, ZeroShotAccuracy | BothWays] = {**self._accuracy, **self._recall}
+        for part, metric in measured.items():
             for name, value in metric.compute().items():
                 yield f"{split}/{part.removeprefix(split + '_')}/{name}", value.float()
 
@@ -212,7 +214,8 @@ class ImageTextMethod(Method):
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """`index` with `probabilities` (batch, classes) of the names given, or with `features` of a side."""
         part, features = self._part(dataloader_idx), self._encoded(batch)
-        extra = {key: batch[key] for key in ("index", "path", "caption", "identity") if key in batch}
+        names = ("index", "path", "caption", "identity")
+        extra: dict[str, Any] = {key: batch[key] for key in names if key in batch}
         if part in self._classes:
             probabilities = (self.temperature * (features @ self._classes[part].T)).softmax(1)
             return {**extra, "probabilities": probabilities}

@@ -53,7 +53,7 @@ def build_trunk(
     given = {"pretrained": pretrained, "num_classes": 0, **(arguments or {})}
     if "img_size" in inspect.signature(timm.model_entrypoint(name)).parameters or name.startswith("vit"):
         given.setdefault("img_size", image_size)
-    trunk = timm.create_model(name, **given)
+    trunk: Any = timm.create_model(name, **given)
     vit = isinstance(trunk, VisionTransformer)
     trunk.reset_classifier(0, global_pool="avg" if vit else "")  # as open_clip does
     stages = getattr(trunk, "feature_info", ())

@@ -8,9 +8,6 @@ from torch import Tensor, nn
 from lightning_modules.parts.inference import InferencePart, InferenceSpec
 from lightning_modules.tinysam.network import SAM
 
-CORNERS = 4
-"""Labels 0..3 are: beside the object, on it, and the two corners of a box; -1 is no point."""
-
 
 class PromptedDecoder(nn.Module):
     """Prompt encoder and mask decoder: prompts on one embedded picture to masks of the frame.
@@ -52,8 +49,8 @@ class PromptedDecoder(nn.Module):
         kinds = point_labels[..., None]
         encoded = encoder.pe_layer((point_coords + 0.5) / encoder.image_size)
         sparse = torch.where(kinds == -1, encoder.not_a_point_embed.weight, encoded)
-        for label in range(CORNERS):
-            sparse = sparse + (kinds == label) * encoder.point_embeddings[label].weight
+        for label, corner in enumerate(encoder.point_embeddings):
+            sparse = sparse + (kinds == label) * corner.get_parameter("weight")
         given = has_mask_input.view(-1, 1, 1, 1)
         none = encoder.no_mask_embed.weight.view(1, -1, 1, 1)
         dense = given * encoder.mask_downscaling(mask_input) + (1 - given) * none

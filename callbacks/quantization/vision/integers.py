@@ -211,17 +211,17 @@ def integer_form(network: nn.Module, units: Mapping[str, QuantizedUnit]) -> Iter
         owner = network.get_submodule(parent)
         places.append((owner, child, network.get_submodule(name)))
         assert integer is not None
-        owner._modules[child] = integer.eval()
+        owner.add_module(child, integer.eval())
     for owner in list(network.modules()):
         for child, module in list(owner.named_children()):
             if type(module) is nn.BatchNorm2d and _neutral(module):
                 places.append((owner, child, module))
-                owner._modules[child] = nn.Identity()
+                owner.add_module(child, nn.Identity())
     try:
         yield
     finally:
         for owner, child, module in places:
-            owner._modules[child] = module
+            owner.add_module(child, module)
 
 
 def _neutral(norm: nn.BatchNorm2d) -> bool:
