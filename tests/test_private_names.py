@@ -151,8 +151,8 @@ PRIVATE = (
     Private(
         "torch.nn.Module",
         "_load_from_state_dict",
-        ("lightning_modules/gendet/baselines.py",),
-        "a bank of the checkpoint's size",
+        ("lightning_modules/gendet/baselines.py", "callbacks/quantization/vision/operands.py"),
+        "banks and steps of the checkpoint's size",
     ),
     Private(
         _DDP,
@@ -171,12 +171,6 @@ PRIVATE = (
         "_last_lr",
         ("lightning_modules/parts/schedules.py",),
         "the learning rate that loggers show",
-    ),
-    Private(
-        "torch.nn.Module",
-        "_load_from_state_dict",
-        ("callbacks/quantization/vision/operands.py",),
-        "loading steps whose shapes calibration decided",
     ),
     Private("torch.utils", "_python_dispatch", ("callbacks/measure/macs.py",), "counting MACs"),
     Private("torch.ops.aten.mm.default", "_schema", ("callbacks/measure/macs.py",), "counting MACs"),

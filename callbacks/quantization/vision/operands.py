@@ -130,10 +130,10 @@ class Operand(nn.Module, ABC):
         return self.quantize(x, self.step)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name, own in list(self._buffers.items()):
+        for name, own in list(self.named_buffers(recurse=False)):
             saved = state_dict.get(f"{prefix}{name}")
-            if isinstance(saved, Tensor) and own is not None:
-                self._buffers[name] = own.new_zeros(saved.shape)  # empty until now
+            if isinstance(saved, Tensor):
+                setattr(self, name, own.new_zeros(saved.shape))  # empty until now
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
