@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,26 @@ def call(prepared, tmp_path_factory):
         if status is not None:
             assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
         return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(prepared):
+    """Run the command in the folder `cwd` in two processes that find what torchrun gives to its ranks."""
+
+    def run(*arguments, cwd: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        job |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+        calls, logs = [], [cwd / f"rank_{rank}.log" for rank in (0, 1)]
+        for rank, log in enumerate(logs):
+            own = {**environment(), **job, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            calls.append(prepared.start(arguments, cwd, own, Path(os.devnull), log))
+        codes = [call.wait(240) for call in calls]
+        assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
 
     return run
 

@@ -36,7 +36,7 @@ def _gloo(rank: int, folder: Path) -> None:
 
 
 def test_ranks_of_torch_distributed(tmp_path):
-    start_processes(_gloo, (tmp_path,), nprocs=WORLD, start_method="spawn")
+    start_processes(_gloo, (tmp_path,), nprocs=WORLD, start_method="fork")
     (first_train, first_eval), (second_train, second_eval) = (
         torch.load(tmp_path / f"{r}.pt") for r in range(WORLD)
     )

@@ -1,15 +1,13 @@
 import os
 import socket
-import subprocess
-import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing import start_processes
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +18,14 @@ def script():
     return module
 
 
+def on_a_rank(rank, script, out, shared):
+    os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+    script.main(out)
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
+def ranks(script, tmp_path_factory) -> list[dict]:
     """What two processes saved, by rank."""
     out = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
@@ -33,29 +37,8 @@ def ranks(tmp_path_factory) -> list[dict]:
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
     }
-    shared |= {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "GROUP_RANK": "0",
-        "TORCHELASTIC_RUN_ID": "test",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(out)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=200)
-            assert process.returncode == 0, errors[-4000:]
-    finally:
-        for process in processes:
-            process.kill()
+    shared |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    start_processes(on_a_rank, (script, out, shared), nprocs=2, start_method="fork")
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -1,7 +1,6 @@
-"""What one rank of `test_distributed.py` runs: `two_ranks.py OUT`, launched as torchrun does."""
+"""What one rank of `test_distributed.py` runs, in an environment as torchrun makes it."""
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -132,7 +131,3 @@ def main(root: Path) -> None:
     states["gather"] = {"all": gather(local), "grad": local.grad}
     states["uneven"] = uneven(rank)
     torch.save(states, root / f"{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

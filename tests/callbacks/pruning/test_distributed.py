@@ -70,7 +70,7 @@ def _worker(rank: int, folder: str) -> None:
 
 
 def test_dealt_sweep_and_masks_are_the_same_on_both_processes(tmp_path):
-    multiprocessing.start_processes(_worker, (str(tmp_path),), nprocs=2, start_method="spawn")
+    multiprocessing.start_processes(_worker, (str(tmp_path),), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first["numbers"] == second["numbers"]
     assert first["masks"] == second["masks"]

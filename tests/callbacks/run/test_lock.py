@@ -1,8 +1,7 @@
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -12,35 +11,29 @@ from callbacks.run import lock
 from callbacks.run.lock import FolderLock
 from lightning_modules import ImageClassifier
 
-REPOSITORY = Path(__file__).parents[3]
-HOLDER = """
-import os, sys, time
-from pathlib import Path
-from callbacks.run.lock import FolderLock
-lock = FolderLock(Path(sys.argv[1]))
-child = os.fork()  # as a loader's worker, which outlives a killed run for a while
-if child:
-    print(child, flush=True)
-time.sleep(60)
-"""
+
+def hold(folder, children):
+    FolderLock(folder)
+    child = os.fork()  # as a loader's worker, which outlives a killed run for a while
+    if child:
+        children.put(child)
+    time.sleep(60)
+    os._exit(0)
 
 
 @pytest.fixture
 def holder(tmp_path, monkeypatch):
     """Another process that holds the lock of `tmp_path / "run"`."""
     monkeypatch.setattr(lock, "_PATIENCE", 0.2)
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / "run")],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    child = int(process.stdout.readline())
+    context = multiprocessing.get_context("fork")
+    children = context.SimpleQueue()
+    process = context.Process(target=hold, args=(tmp_path / "run", children))
+    process.start()
+    child = children.get()
     yield process
     process.kill()
     os.kill(child, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    process.join()
 
 
 def fit(trainer, blob_data, folder, **options):
@@ -61,8 +54,8 @@ def test_a_second_run_is_refused_until_the_first_is_dead(holder, trainer, blob_d
         fit(trainer, blob_data, tmp_path / "other", dirpath=str(tmp_path / "run"))
     assert not (tmp_path / "other" / ".lock").exists()
 
-    holder.send_signal(signal.SIGKILL)  # its child lives on
-    holder.wait()
+    holder.kill()  # its child lives on
+    holder.join()
     fit(trainer, blob_data, tmp_path / "run")
     fit(trainer, blob_data, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()

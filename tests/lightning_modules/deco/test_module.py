@@ -322,7 +322,7 @@ def _gradient(images: torch.Tensor, objects: list[dict[str, torch.Tensor]]) -> t
 
 
 def test_two_ranks_give_the_numbers_and_gradients_of_one(tmp_path):
-    start_processes(_evaluate_on_a_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
+    start_processes(_evaluate_on_a_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     alone = CocoEvaluation()
     for image in range(4):

@@ -1,24 +1,16 @@
 """The terms of a batch are the same on two ranks as on one, and so is their gradient."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
+import torch.distributed as dist
+from torch.multiprocessing import start_processes
 
 from lightning_modules.dfkd_t3 import GeneratorObjective, Weights, WrittenText
 
-REPOSITORY = Path(__file__).parents[3]
-SCRIPT = """
-import sys
-import torch
-import torch.distributed as dist
-from tests.lightning_modules.dfkd_t3.test_ranks import terms
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-torch.save(terms(slice(4 * rank, 4 * rank + 4)), f"{folder}/{rank}.pt")
-"""
+
+def on_a_rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.save(terms(slice(4 * rank, 4 * rank + 4)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
 
 def terms(rows):
@@ -37,12 +29,7 @@ def terms(rows):
 
 
 def test_two_ranks_give_what_one_gives(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-c", SCRIPT]
-    ranks = [
-        subprocess.Popen([*line, str(rank), str(tmp_path)], env=environment, cwd=tmp_path) for rank in (0, 1)
-    ]
-    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
+    start_processes(on_a_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     whole, gradients = terms(slice(0, 8))
     for name, value in whole.items():

@@ -1,9 +1,5 @@
 """Interrupted at any step, resumed, and the same end; two processes, and the same end."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -58,11 +54,6 @@ RECIPE = {
 }
 
 
-def environment():
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-
-
 def final(folder):
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
@@ -113,26 +104,13 @@ def test_killed_in_the_middle_of_a_rotation(uninterrupted, featherlight):
     assert [row[1] for row in curves(whole)] == [0, 1, 2, 3, 1, 2, 3, 4]  # the last validation too
 
 
-def test_two_processes_end_like_one(uninterrupted):
-    arguments = ["fit", "--config", "recipe.yaml"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    distributed = [
+def test_two_processes_end_like_one(uninterrupted, on_two_ranks):
+    on_two_ranks(
+        *("fit", "--config", "recipe.yaml", "--trainer.default_root_dir", "two"),
         *("--trainer.devices", "2", "--trainer.strategy", "ddp_find_unused_parameters_true"),
-        *("--data.init_args.batch_size", "4", "--trainer.default_root_dir", "two"),
-    ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port), "-m", "featherlight"]
-    done = subprocess.run(
-        [*launcher, *arguments, *distributed],
+        *("--data.init_args.batch_size", "4"),
         cwd=uninterrupted,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     one, two = final(uninterrupted / "whole"), final(uninterrupted / "two")
     assert one["global_step"] == two["global_step"]
     for key, value in one["state_dict"].items():

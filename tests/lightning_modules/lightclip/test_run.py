@@ -6,13 +6,12 @@ import io
 import json
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch.multiprocessing import start_processes
 
 from featherlight_cli import make_cli
 from lightning_modules import LightCLIP
@@ -120,15 +119,12 @@ def test_test_and_predict(folder, whole):
     assert float(first["probability_1"]) + float(first["probability_2"]) == pytest.approx(1, abs=1e-5)
 
 
-SCRIPT = """
-import sys
-import torch
-import torch.distributed as dist
-from tests.lightning_modules.lightclip.test_run import gradients
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-torch.save(gradients(slice(3 * rank, 3 * rank + 3)), f"{folder}/{rank}.pt")
-"""
+def on_a_rank(rank, folder):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    torch.save(gradients(slice(3 * rank, 3 * rank + 3)), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def gradients(rows):
@@ -159,12 +155,7 @@ class Losses(torch.nn.Module):
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-c", SCRIPT]
-    ranks = [
-        subprocess.Popen([*line, str(rank), str(tmp_path)], env=environment, cwd=tmp_path) for rank in (0, 1)
-    ]
-    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
+    start_processes(on_a_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     loss, whole = gradients(slice(None))
     torch.testing.assert_close((found[0][0] + found[1][0]) / 2, loss)

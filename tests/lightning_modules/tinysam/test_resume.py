@@ -1,9 +1,5 @@
 """Interrupted at a step and resumed to the same end; two processes that share cache and rounds."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -61,11 +57,6 @@ RECIPE = {
 }
 
 
-def environment():
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-
-
 def final(folder):
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
@@ -99,22 +90,14 @@ def test_killed_and_resumed(whole, featherlight):
         assert torch.equal(value, ours["state_dict"][key]), key
 
 
-def test_two_processes(whole):
+def test_two_processes(whole, on_two_ranks):
     """They write a cache together, the same as that of one; no parameter is left without a gradient."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port), "-m", "featherlight"]
-    distributed = [
+    on_two_ranks(
         *("fit", "--config", "recipe.yaml", "--trainer.devices", "2", "--trainer.strategy", "ddp"),
         *("--data.init_args.batch_size", "1", "--trainer.default_root_dir", "two"),
         *("--data.init_args.cache", "shared", "--trainer.max_steps", "3"),
-    ]
-    done = subprocess.run(
-        [*launcher, *distributed], cwd=whole, env=environment(), capture_output=True, text=True, timeout=250
+        cwd=whole,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     assert final(whole / "two")["global_step"] == 3
     one, two = (
         {p.name: p for p in (whole / name).glob("*/*/*/shard_*.npy")} for name in ("embeddings", "shared")
