@@ -4,21 +4,21 @@ import json
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from callbacks.deploy.base import Exporter, on_the_cpu
 from callbacks.deploy.onnx import export_onnx
 from callbacks.run.directory import announce, replaced_atomically, run_directory
 from lightning_modules.lightclip import LightCLIP
-from lightning_modules.parts.frozen import evaluating
 from lightning_modules.parts.inference import InferenceSpec
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 
 
-class CLIPExport(Callback):
+class CLIPExport(Exporter):
     """Exports `LightCLIP` into the run directory, without what only training needs.
 
     `image_tower.onnx` takes `images` float32 (batch, 3, side, side) in [0, 1], `text_tower.onnx` takes
@@ -39,8 +39,8 @@ class CLIPExport(Callback):
     ) -> None:
         if when not in ("test", "fit"):
             raise ValueError(f"CLIPExport: when={when}: it must be test or fit.")
-        self.when, self.onnx, self.tolerance = when, onnx, tolerance
-        self._report: dict[str, Any] = {}
+        super().__init__(when)
+        self.onnx, self.tolerance = onnx, tolerance
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Fail before the work.
@@ -51,37 +51,19 @@ class CLIPExport(Callback):
         if not isinstance(pl_module, LightCLIP):
             raise MisconfigurationException(f"CLIPExport exports LightCLIP, not {type(pl_module).__name__}.")
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export after `test`."""
-        if self.when == "test":
-            self._export(trainer, pl_module)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export after `fit`."""
-        if self.when == "fit":
-            self._export(trainer, pl_module)
-
-    def results(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Paths, and of the ONNX files what `ONNXExport` says of one."""
-        return self._report
-
-    def _export(self, trainer: Trainer, module: LightningModule) -> None:
+    def export(self, trainer: Trainer, module: LightningModule) -> None:
+        """Write the folder, and the ONNX files where they are wanted."""
         assert isinstance(module, LightCLIP)
         if trainer.is_global_zero:
-            folder, device = run_directory(trainer), module.device
+            folder = run_directory(trainer)
             self._report = {"open_clip": str(write_open_clip(module, folder / "open_clip"))}
-            with torch.inference_mode(False), torch.no_grad(), evaluating(module):
-                module.cpu()
-                try:
-                    for tower in ("image", "text") if self.onnx else ():
-                        path = folder / f"{tower}_tower.onnx"
-                        example = _example(module, tower)
-                        spec = InferenceSpec(outputs=("features",))
-                        self._report[tower] = export_onnx(
-                            Tower(module, tower), example, path, self.tolerance, None, spec
-                        )
-                finally:
-                    module.to(device)
+            with on_the_cpu(module):
+                for tower in ("image", "text") if self.onnx else ():
+                    path = folder / f"{tower}_tower.onnx"
+                    spec = InferenceSpec(outputs=("features",))
+                    self._report[tower] = export_onnx(
+                        Tower(module, tower), _example(module, tower), path, self.tolerance, None, spec
+                    )
             announce(trainer, f"exported to {folder / 'open_clip'}" + " and two ONNX files" * self.onnx)
         trainer.strategy.barrier("CLIPExport")
 

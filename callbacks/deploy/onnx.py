@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from callbacks.deploy.base import Exporter, on_the_cpu
 from callbacks.measure.efficiency import state_dict_bytes
 from callbacks.run.directory import announce, run_directory, synchronise, synchronise_entry
 from lightning_modules.parts.contracts import HasInferenceParts, optional
-from lightning_modules.parts.frozen import evaluating
 from lightning_modules.parts.inference import (
     InferencePath,
     InferenceSpec,
@@ -38,7 +38,7 @@ from lightning_modules.parts.strategies import is_sharded
 PROTOBUF_LIMIT = 1_900_000_000  # bytes; an ONNX file of 2 GiB needs its weights beside it
 
 
-class ONNXExport(Callback):
+class ONNXExport(Exporter):
     """Exports the inference path to ONNX, with a free batch size, and compares it with torch in onnxruntime.
 
     Inputs, outputs and free sizes are called as the module declares, see `InferenceSpec`. The graph holds the
@@ -67,13 +67,12 @@ class ONNXExport(Callback):
     ) -> None:
         if Path(file_name).name != file_name or not file_name.endswith(".onnx"):
             raise ValueError(f"ONNXExport: file_name is a name that ends in .onnx, not '{file_name}'.")
-        self.when = when
+        super().__init__(when)
         self.file_name = file_name
         self.tolerance = tolerance
         self.opset = opset
         self._inputs: dict[str, Tensor] | None = None
         self._from_validation = False
-        self._report: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Fail before the work, not after it.
@@ -128,43 +127,24 @@ class ONNXExport(Callback):
 
     # Exporting
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export after `test`."""
-        if self.when == "test":
-            self._export(trainer, pl_module)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export after `fit`."""
-        if self.when == "fit":
-            self._export(trainer, pl_module)
-
-    def results(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """File, size, operator set and the difference from torch; empty where nothing was exported."""
-        return self._report
-
-    def _export(self, trainer: Trainer, module: LightningModule) -> None:
+    def export(self, trainer: Trainer, module: LightningModule) -> None:
+        """Write the inference path, and the parts beside it."""
         if trainer.is_global_zero and self._inputs is not None:
             path = run_directory(trainer) / self.file_name
             announce(trainer, f"exporting to {path}, which takes some seconds")
-            device = module.device
-            # out of the stage's inference mode: parameters that moved in it could never be trained again
-            with torch.inference_mode(False), torch.no_grad(), evaluating(module):
-                module.cpu()
-                try:
-                    spec, classes = spec_of(module, self._inputs), known_names(trainer, module)
-                    self._report = export_onnx(
-                        InferencePath(module),
-                        self._inputs,
-                        path,
-                        self.tolerance,
-                        self.opset,
-                        spec,
-                        class_names=classes,
-                    )
-                    if (owner := optional(module, HasInferenceParts)) is not None:
-                        self._report["parts"] = self._export_parts(owner, path)
-                finally:
-                    module.to(device)
+            with on_the_cpu(module):
+                spec, classes = spec_of(module, self._inputs), known_names(trainer, module)
+                self._report = export_onnx(
+                    InferencePath(module),
+                    self._inputs,
+                    path,
+                    self.tolerance,
+                    self.opset,
+                    spec,
+                    class_names=classes,
+                )
+                if (owner := optional(module, HasInferenceParts)) is not None:
+                    self._report["parts"] = self._export_parts(owner, path)
         trainer.strategy.barrier("ONNXExport")
 
     def _export_parts(self, owner: HasInferenceParts, path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NOISE = (
-    # said of every run, and said better by `Opening`
+    # said of every run, and said better by `RunSummary`
     r"Seed set to \d+",
     r"(GPU|TPU|HPU) available: ",
     r"LOCAL_RANK: \d+ - CUDA_VISIBLE_DEVICES: ",

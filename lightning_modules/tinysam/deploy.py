@@ -69,12 +69,11 @@ def decoder_part(network: SAM, embedding: Tensor) -> InferencePart:
         embedding: (batch, width, h, w).
     """
     side = network.image_size
-    width, height = float(embedding.shape[3] * 4), float(embedding.shape[2] * 4)
     inputs: Mapping[str, Tensor] = {
         "image_embeddings": embedding[:1],
         "point_coords": torch.tensor([[[0.3, 0.4], [0.0, 0.0]], [[0.2, 0.1], [0.7, 0.9]]]) * side,
         "point_labels": torch.tensor([[1.0, -1.0], [2.0, 3.0]]),
-        "mask_input": torch.zeros(2, 1, int(height), int(width)),
+        "mask_input": torch.zeros(2, 1, *(4 * size for size in embedding.shape[2:])),
         "has_mask_input": torch.zeros(2),
     }
     points = {1: "points"}
