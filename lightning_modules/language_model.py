@@ -164,6 +164,19 @@ def check_ids(ids: Tensor, network: nn.Module, tokenizer: str) -> None:
         )
 
 
+def overflow(block: int, what: str = "hidden states") -> MisconfigurationException:
+    """The error of a model whose numbers are too large for its type.
+
+    Args:
+        block: where they first are.
+        what: overflows there.
+    """
+    return MisconfigurationException(
+        f"{what} of block {block} are not finite in float16: use bfloat16 or float32 "
+        "(model.init_args.dtype, trainer.precision)."
+    )
+
+
 def _place(name: str) -> str:
     return str(Path(name).parent) if name.endswith(".gguf") else name
 

@@ -178,14 +178,16 @@ def _compress(folder: Path, matrices: Mapping[str, QuantizedMatrix], config: dic
     return str(config["format"])
 
 
-def packed_tensors(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
-    """What stands for `<name>.weight` in the file."""
+def packed_tensors(
+    name: str, matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """What stands for `<name>.weight` of type `dtype` in the file."""
     assert matrix.integers is not None
     assert matrix.scale is not None
     assert matrix.zero_point is not None
     shift = 0 if matrix.scheme.symmetric else 2 ** (matrix.scheme.bits - 1)
     integers = (matrix.integers.to(torch.int16) - shift).to(torch.int8).cpu().contiguous()
-    tensors = {f"{name}.weight_scale": matrix.scale.float().cpu().contiguous()}
+    tensors = {f"{name}.weight_scale": matrix.scale.to(dtype).cpu().contiguous()}
     if form_of(matrix.scheme) == "pack-quantized":
         from compressed_tensors import pack_to_int32  # of the extra, and slow to import
 
