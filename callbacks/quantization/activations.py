@@ -16,10 +16,12 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def token_steps(x: Tensor, bits: int) -> Tensor:
-    """Symmetric step of each token, (..., 1): 2 max|x| / (2^b - 1), as the compressed-tensors runtime has
-    it. In float32: half precision has no step small enough for a token of zeros.
+    """Symmetric step of each token, (..., 1): 2 max|x| / (2^b - 1), as the compressed-tensors runtime has it.
+
+    In the type of `x`, as there. A token of zeros has a step too: half precision knows no 1e-8.
     """
-    return (_wide(x).abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2)).clamp_min(SMALLEST_STEP)
+    step = (x.abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2)).clamp_min(SMALLEST_STEP)
+    return torch.where(step > 0, step, torch.finfo(x.dtype).tiny)
 
 
 def quantize_tokens(x: Tensor, bits: int, symmetric: bool = True) -> Tensor:

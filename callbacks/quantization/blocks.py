@@ -23,6 +23,7 @@ from callbacks.quantization.calls import (
     tiled,
 )
 from callbacks.quantization.experts import Expert, expose_experts
+from callbacks.quantization.folding import FoldTrial
 from callbacks.quantization.layers import matrix_of
 from callbacks.quantization.scheme import LAYERS
 from lightning_modules.language_model import overflow
@@ -395,6 +396,11 @@ class BlockStack:
             growing = zip(self._calls, self._growing, strict=True)
             self._batched[batch] = [tiled(call, dimensions, batch) for call, dimensions in growing]
         return self._batched[batch][index]
+
+    def trial(self, index: int, hidden: Tensor) -> FoldTrial:
+        """A block in double precision with the first segment's hidden states (1, length, hidden)."""
+        call = self._own[0][index] if self._own else self._calls[index]
+        return FoldTrial(self.blocks[index], call, hidden)
 
     def keep(self, start: int, end: int) -> None:
         """Have the blocks `start` .. `end - 1` on the device, and no others, if they are to be offloaded."""
