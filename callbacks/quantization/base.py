@@ -26,6 +26,7 @@ from lightning_modules.language_model import (
     TokenLikelihood,
     check_ids,
     positions_of,
+    refuse_overflow,
     token_nll,
 )
 from lightning_modules.parts.contracts import HasCalibrationSegments, datamodule_of, require
@@ -283,7 +284,9 @@ class QuantizationCallback(EvaluationQuantizer):
                         break
                     check_ids(batch["input_ids"], module.network, module.tokenizer_name)
                     ids = batch["input_ids"].to(module.device)
-                    metric.update(token_nll(module(ids), ids))
+                    nll = token_nll(module(ids), ids)
+                    refuse_overflow(module.network, ids, nll)
+                    metric.update(nll)
         return float(metric.compute())
 
     # Calibration data
