@@ -73,7 +73,7 @@ class CrossBlock:
         self.segments = segments
         self.settings = settings = settings.resolved(schemes.values())
         self.device = device or torch.device("cpu")
-        self.stack = BlockStack(network, blocks, segments[:1], self.device, autocast, offload)
+        self.stack = BlockStack(network, blocks, segments, self.device, autocast, offload)
         self.branches = Branches(
             self.stack, segments, settings.batch_size, settings.homologous, cache_dtype, cache_directory
         )
@@ -220,7 +220,7 @@ class CrossBlock:
         """Static activation steps from the largest input over the calibration set, in full precision."""
         channels = ChannelRange(dict(layers.items()))
         for indices in self.branches.batches():
-            self.stack.run(start, index + 1, self.branches.inputs(indices))
+            self.stack.run(start, index + 1, self.branches.inputs(indices), indices)
         channels.remove()
         for name, layer in layers.items():
             largest = float(maximum(channels.magnitude(name).amax()))

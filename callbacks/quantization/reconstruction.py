@@ -57,7 +57,7 @@ class Reconstruction:
     def _run(self, indices: Any, hard: bool) -> Tensor:
         for rounding in self.roundings:
             rounding.hard = hard
-        return self.stack.run(*self.window, self.branches.inputs(indices))
+        return self.stack.run(*self.window, self.branches.inputs(indices), indices)
 
     @torch.no_grad()
     def measure(self, segments: int) -> dict[str, float]:

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from callbacks.measure.memory import PeakMemory
 from callbacks.quantization.blocks import BlockStack
 from callbacks.quantization.error_feedback import gptq_integers
+from callbacks.quantization.experts import Expert
 from callbacks.quantization.grid import fit_grid, to_integers
 from callbacks.quantization.layers import QuantizedMatrix, matrix_of
 from callbacks.quantization.ranks import of_first_rank, total
@@ -24,14 +26,15 @@ def nearest_matrix(layer: nn.Module, scheme: Scheme) -> QuantizedMatrix:
         return QuantizedMatrix(scheme)
     weight = matrix_of(layer).float()
     grid = fit_grid(weight, scheme.bits, scheme.group_size, scheme.symmetric)
+    kept = grid.scale.to(matrix_of(layer).dtype).float()  # as the layer's type keeps the steps
+    grid = replace(grid, scale=torch.where(kept > 0, kept, grid.scale))
     return QuantizedMatrix.of(scheme, to_integers(weight, grid), grid)
 
 
 class InputHessian:
     """H = 2 X^T X / rows of a layer's inputs, summed up by a hook in float32."""
 
-    def __init__(self, name: str, layer: nn.Module) -> None:
-        self._name = name
+    def __init__(self, layer: nn.Module) -> None:
         weight = matrix_of(layer)
         self._sum = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
         self._rows = 0
@@ -42,19 +45,12 @@ class InputHessian:
         self._sum += flat.T @ flat
         self._rows += len(flat)
 
-    def finish(self) -> Tensor:
-        """(d_in, d_in) over all ranks; takes the hook off.
-
-        Raises:
-            MisconfigurationException: nothing went through the layer.
-        """
+    def finish(self) -> Tensor | None:
+        """(d_in, d_in) over all ranks, None where nothing went through the layer; takes the hook off."""
         self._handle.remove()
         rows = total(torch.tensor(float(self._rows), device=self._sum.device))
         if not rows:
-            raise MisconfigurationException(
-                f"GPTQ: no calibration token reached {self._name}: give more calibration segments, or leave "
-                "it alone with `ignore`."
-            )
+            return None
         return 2 * total(self._sum) / rows
 
 
@@ -91,7 +87,7 @@ class SequentialGPTQ:
         self.batch_size = batch_size
         self.true_sequential = true_sequential
         self.device = device or torch.device("cpu")
-        self.stack = BlockStack(network, blocks, segments[:1], self.device)
+        self.stack = BlockStack(network, blocks, segments, self.device)
         self.handles: list[RemovableHandle] = []
         self.rows: list[dict[str, Any]] = []
 
@@ -105,14 +101,28 @@ class SequentialGPTQ:
         for index in range(indices[-1] + 1):
             began, memory = time.perf_counter(), PeakMemory(self.device)
             groups = self._groups(index, hidden)
-            for together in [[group] for group in groups] if self.true_sequential else [groups]:
+            for together in self._in_turn(groups) if self.true_sequential else [groups]:
                 matrices |= self._quantize(index, together, hidden)
             if index < indices[-1]:
                 for number, batch in enumerate(hidden):
-                    hidden[number] = self.stack.run(index, index + 1, batch.to(self.device)).cpu()
+                    hidden[number] = self._run(index, number, batch).cpu()
             row = {"block": index, "seconds": time.perf_counter() - began}
             self.rows.append({**row, "peak_memory_bytes": memory.stop()})
         return matrices
+
+    def _run(self, index: int, number: int, batch: Tensor) -> Tensor:
+        """A batch of hidden states behind a block."""
+        indices = slice(number * self.batch_size, number * self.batch_size + len(batch))
+        return self.stack.run(index, index + 1, batch.to(self.device), indices)
+
+    def _in_turn(self, groups: list[list[str]]) -> list[list[list[str]]]:
+        """Groups that are quantized together: those of all experts of a parameter, the others alone."""
+        turns: dict[Any, list[list[str]]] = {}
+        for group in groups:
+            layer = self.network.get_submodule(group[0])
+            key = (layer.owner, layer.parameter) if isinstance(layer, Expert) else group[0]
+            turns.setdefault(key, []).append(group)
+        return list(turns.values())
 
     def _groups(self, index: int, hidden: list[Tensor]) -> list[list[str]]:
         """The layers of a block as they are executed, those of one input together."""
@@ -141,22 +151,36 @@ class SequentialGPTQ:
         watched: list[InputHessian | None] = []
         for group in groups:
             first = next((name for name in group if self.schemes[name].bits < 16), None)
-            watched.append(InputHessian(first, self.network.get_submodule(first)) if first else None)
+            watched.append(InputHessian(self.network.get_submodule(first)) if first else None)
         if any(watched):
-            for batch in hidden:
-                self.stack.run(index, index + 1, batch.to(self.device))
+            for number, batch in enumerate(hidden):
+                self._run(index, number, batch)
         matrices: dict[str, QuantizedMatrix] = {}
         for group, inputs in zip(groups, watched, strict=True):
             hessian = inputs.finish() if inputs else None
+            if inputs is not None and hessian is None:
+                self._unreached(group[0])
             for name in group:
                 layer, scheme = self.network.get_submodule(name), self.schemes[name]
                 matrices[name] = QuantizedMatrix(scheme)
-                if hessian is not None and scheme.bits < 16:
+                if scheme.bits < 16 and hessian is None:
+                    matrices[name] = nearest_matrix(layer, scheme)
+                elif scheme.bits < 16:
                     matrices[name] = self._matrix(layer, scheme, hessian)
                 handle = matrices[name].install(layer)
                 if handle is not None:
                     self.handles.append(handle)
         return matrices
+
+    def _unreached(self, name: str) -> None:
+        """Say that an expert is rounded to nearest; refuse any other layer that nothing went through."""
+        if "expert" in name:
+            rank_zero_warn(f"GPTQ: no calibration token reached {name}: it is rounded to nearest.")
+            return
+        raise MisconfigurationException(
+            f"GPTQ: no calibration token reached {name}: give more calibration segments, or leave "
+            "it alone with `ignore`."
+        )
 
     def _matrix(self, layer: nn.Module, scheme: Scheme, hessian: Tensor) -> QuantizedMatrix:
         weight = matrix_of(layer).float()
