@@ -48,9 +48,11 @@ class Branches:
     def __len__(self) -> int:
         return len(self.segments)
 
-    def batches(self, count: int | None = None) -> Iterator[slice]:
-        """Indices of the first `count` segments (None: all), at most `batch_size` at a time."""
-        return chunks(len(self) if count is None else count, self.batch_size)
+    def batches(self, part: range | None = None) -> Iterator[slice]:
+        """Indices of some segments (None: all), at most `batch_size` at a time."""
+        part = range(len(self)) if part is None else part
+        for indices in chunks(len(part), self.batch_size):
+            yield slice(part.start + indices.start, part.start + indices.stop)
 
     @torch.no_grad()
     def fill(self) -> None:
