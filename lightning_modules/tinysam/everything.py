@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import nms
 
+from lightning_modules.parts.options import OptionError, check, check_choice, check_range
 from lightning_modules.tinysam.amg import (
     box_xywh,
     crop_boxes,
@@ -27,6 +28,9 @@ DECODED = 8
 """Prompts that are decoded together: their maps of 4,096 places fit into a processor's cache."""
 ENLARGED = 4
 """Masks that exist as full-resolution floats at a time."""
+
+Output = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
+FineGrid = Literal["offset", "regular"]
 
 
 @dataclass(frozen=True)
@@ -63,25 +67,30 @@ class Everything:
     crop_overlap_ratio: float = 512 / 1500
     crop_n_points_downscale_factor: int = 1
     min_mask_region_area: int = 0
-    output: Literal["binary_mask", "uncompressed_rle", "coco_rle"] = "binary_mask"
+    output: Output = "binary_mask"
     rounds: Literal[1, 2] = 2
     coarse_points_per_side: int | None = None
     high_score_thresh: float = 8.5
-    fine_grid: Literal["offset", "regular"] = "offset"
+    fine_grid: FineGrid = "offset"
 
     def __post_init__(self) -> None:
         for name in ("points_per_side", "points_per_batch", "crop_n_points_downscale_factor"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"everything.{name}: at least 1, got {getattr(self, name)}.")
-        if self.crop_n_layers < 0 or self.min_mask_region_area < 0:
-            raise ValueError("everything: crop_n_layers and min_mask_region_area are 0 or more.")
-        if self.rounds == 2 and self.crop_n_layers:
-            raise ValueError("everything: crops go with the full grid; set rounds: 1, or crop_n_layers: 0.")
-        if self.rounds == 2 and not 1 <= self.coarse <= self.points_per_side:
-            raise ValueError(
-                f"everything.coarse_points_per_side: between 1 and points_per_side "
-                f"({self.points_per_side}), got {self.coarse}."
-            )
+            check_range(f"everything.{name}", getattr(self, name), "[1, inf)")
+        for name in ("crop_n_layers", "min_mask_region_area", "stability_score_offset"):
+            check_range(f"everything.{name}", getattr(self, name), "[0, inf)")
+        for name in ("stability_score_thresh", "box_nms_thresh", "crop_nms_thresh"):
+            check_range(f"everything.{name}", getattr(self, name), "[0, 1]")
+        check_range("everything.crop_overlap_ratio", self.crop_overlap_ratio, "[0, 1)")
+        check_choice("everything.output", self.output, Output)
+        check_choice("everything.fine_grid", self.fine_grid, FineGrid)
+        check(self.rounds in (1, 2), "everything.rounds", self.rounds, "1 or 2")
+        if self.rounds == 2:
+            check_range("everything.coarse_points_per_side", self.coarse, f"[1, {self.points_per_side}]")
+            if self.crop_n_layers:
+                raise OptionError(
+                    f"everything.crop_n_layers={self.crop_n_layers}: crops go with the full grid; set "
+                    "rounds: 1, or crop_n_layers: 0."
+                )
 
     @property
     def coarse(self) -> int:
@@ -324,7 +333,7 @@ def fine_points(
     coarse: NDArray[np.float64],
     covered: NDArray[np.bool_],
     points_per_side: int,
-    grid: Literal["offset", "regular"] = "offset",
+    grid: FineGrid = "offset",
 ) -> NDArray[np.float64]:
     """The prompts of the second round (n, 2), in pixels: around the coarse ones where nothing is covered yet.
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from callbacks.quantization.vision.products import MATMULS, SDPA, SOFTMAXES
+from callbacks.quantization.vision.products import MATMULS, SDPA, SOFTMAXES, CallMode
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 """Types of layers that can be quantized, and their subclasses that compute the same with `weight`."""
@@ -39,7 +38,7 @@ class Observation:
     skipped: list[str] = field(default_factory=list)
 
 
-class Observer(TorchFunctionMode):
+class Observer(CallMode):
     """Watches forward passes while it is entered.
 
     Args:
@@ -92,15 +91,8 @@ class Observer(TorchFunctionMode):
 
         return leave
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The call, and what it says."""
-        kwargs = kwargs or {}
         output = func(*args, **kwargs)
         self._count_readers(args, kwargs)
         if isinstance(output, Tensor):

@@ -152,10 +152,10 @@ def test_discs_are_found_with_fewer_prompts(rounds):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"points_per_side": 0}, "points_per_side: at least 1"),
+        ({"points_per_side": 0}, "points_per_side=0: it must be at least 1"),
         ({"crop_n_layers": 1}, "crops go with the full grid"),
-        ({"coarse_points_per_side": 40}, "coarse_points_per_side: between 1 and"),
-        ({"rounds": 1, "crop_n_layers": -1}, "0 or more"),
+        ({"coarse_points_per_side": 40}, r"coarse_points_per_side=40: it must be in \[1, 32\]"),
+        ({"rounds": 1, "crop_n_layers": -1}, "crop_n_layers=-1: it must be at least 0"),
     ],
 )
 def test_options_that_make_no_sense(options, said):
