@@ -172,18 +172,27 @@ def teacher_of(name: str, options: argparse.Namespace) -> tuple[SAM, dict[str, f
     return network, report
 
 
-def student_of(name: str, variant: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
+def student_of(
+    name: str, variant: str, seed: int, options: argparse.Namespace
+) -> tuple[SAM, dict[str, float]]:
+    """A student of the data set's teacher, trained once."""
+    stem = f"{name}-{variant}-{seed}".replace(" ", "_")
+    network, weights = segmenter(STUDENT), options.runs / f"{stem}.pt"
+
     def make() -> dict[str, float]:
         teacher, _ = teacher_of(name, options)
         torch.manual_seed(seed)
-        network = segmenter(STUDENT)
-        copy_decoder(teacher, network, "the teacher")
+        student = segmenter(STUDENT)
+        copy_decoder(teacher, student, "the teacher")
         arguments = VARIANTS[variant]
         callback = None if arguments is None else SAMTeacher(teacher, copy_decoder=False, **arguments)
-        return train(name, network, options.steps, callback, seed, options)
+        report = train(name, student, options.steps, callback, seed, options)
+        torch.save(student.state_dict(), weights)
+        return report
 
-    stem = f"{name}-{variant}-{seed}".replace(" ", "_")
-    return kept(options.runs / "results" / f"{stem}.json", make)
+    report = kept(options.runs / "results" / f"{stem}.json", make)
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    return network, report
 
 
 def report_of(name: str, options: argparse.Namespace) -> str:
@@ -191,7 +200,8 @@ def report_of(name: str, options: argparse.Namespace) -> str:
     _, teacher = teacher_of(name, options)
     rows = [["teacher", f"{teacher['miou1']:.3f}", f"{teacher['miou3']:.3f}"]]
     found = {
-        variant: [student_of(name, variant, seed, options) for seed in options.seeds] for variant in VARIANTS
+        variant: [student_of(name, variant, seed, options)[1] for seed in options.seeds]
+        for variant in VARIANTS
     }
     for variant, reports in found.items():
         cells = [spread([report[key] for report in reports], 1, 3) for key in ("miou1", "miou3")]

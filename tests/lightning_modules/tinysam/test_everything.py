@@ -149,6 +149,20 @@ def test_discs_are_found_with_fewer_prompts(rounds):
         assert ours[3] == theirs[3]
 
 
+def test_what_the_second_round_finds_may_leave_out_its_points():
+    """Two discs between the points of the first round: each is found once, by fewer prompts."""
+    image, told, found = np.zeros((64, 64, 3), np.uint8), [], {}
+    for prune in ("first", "running"):
+        options = Everything(points_per_side=16, points_per_batch=8, prune=prune, stability_score_thresh=0.7)
+        generator = Analytic([(16, 16, 8), (48, 32, 7)], options)
+        records = generator.generate(image, lambda *numbers: told.append(numbers))
+        found[prune] = generator.prompts, sorted(record["area"] for record in records)
+        assert told[-1] == (generator.prompts, generator.prompts)
+    assert found["running"][1] == found["first"][1]
+    assert found["running"][0] <= found["first"][0] - 10
+    assert len(found["first"][1]) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
