@@ -29,7 +29,7 @@ from datamodules.transforms import ImageTransforms
 from lightning_modules import ImageClassifier, TinySAMModule
 from lightning_modules.tinysam import Protocol
 from lightning_modules.tinysam.calibration import calibration_points
-from lightning_modules.tinysam.prompts import best_mask
+from lightning_modules.tinysam.prompts import Prompts, best_mask, decode_prompts
 
 BITS = ((8, 8), (6, 6), (4, 8))
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2}
@@ -111,7 +111,9 @@ def prompted(module: TinySAMModule, options: argparse.Namespace) -> dict[str, to
     parts = []
     for batch in data.test_dataloader():
         points, owner = calibration_points(batch, 4)
-        parts.append(module.eval().decoded(batch["image"], batch["size"], points, owner))
+        prompts = Prompts(points, points.new_zeros(len(points), 4), torch.zeros_like(owner).bool())
+        embedding = module.eval()(batch["image"], batch["size"])
+        parts.append(decode_prompts(module.network, embedding, owner, prompts))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

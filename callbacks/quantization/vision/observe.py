@@ -49,6 +49,7 @@ class Observer(CallMode):
         super().__init__()
         self.seen = Observation()
         self._stack: list[str] = []
+        self._counts: dict[str, int] = defaultdict(int)
         self._kept: list[Any] = []  # tensors stay alive, so that their ids are theirs alone
         self._gelu: set[int] = set()
         self._softmax: dict[int, tuple[str, int]] = {}
@@ -64,6 +65,7 @@ class Observer(CallMode):
     def _enters(self, name: str, module: nn.Module) -> Callable[..., None]:
         def enter(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             self._stack.append(name)
+            self._counts[name] = 0
             if isinstance(module, nn.MultiheadAttention):
                 self.seen.skipped.append(name)
             first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
@@ -109,16 +111,18 @@ class Observer(CallMode):
     def _tag(self, func: Callable[..., Any], first: Tensor | None, output: Tensor) -> None:
         where = self._stack[-1] if self._stack else ""
         if func is SDPA:
-            self.seen.products[where] += ["logits", "values"]
+            for kind in ("logits", "values"):
+                self._product(where, kind)
             return
         source = id(first)
         if func in MATMULS:
-            self.seen.products[where].append(None)
             if source in self._softmax:
                 owner, number = self._softmax[source]
                 self.seen.products[owner][number] = "logits"
-                self.seen.products[where][-1] = "values"
-            self._logits[id(output)] = (where, len(self.seen.products[where]) - 1)
+                number = self._product(where, "values")
+            else:
+                number = self._product(where)
+            self._logits[id(output)] = (where, number)
         elif func is F.gelu:
             self._gelu.add(id(output))
         elif first is None or func in _MIXING or output.numel() != first.numel():
@@ -132,6 +136,16 @@ class Observer(CallMode):
                     tags[id(output)] = tags[source]
             if source in self._gelu and func in _UNCHANGED:
                 self._gelu.add(id(output))
+
+    def _product(self, where: str, kind: str | None = None) -> int:
+        """The number of a product in this call of its module; every call of a module has the same ones."""
+        number, kinds = self._counts[where], self.seen.products[where]
+        self._counts[where] += 1
+        if number == len(kinds):
+            kinds.append(kind)
+        elif kind is not None:
+            kinds[number] = kind
+        return number
 
     def finish(self) -> Observation:
         """Take the hooks off, and say what was seen."""

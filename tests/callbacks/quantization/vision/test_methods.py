@@ -16,7 +16,7 @@ from datamodules.samples.sa1b import write_sa1b
 from lightning_modules import DecoDetector, GenDet, ImageClassifier, TinySAMModule
 from lightning_modules.deco import Deco
 from lightning_modules.tinysam import Protocol
-from lightning_modules.tinysam.calibration import calibration_points
+from lightning_modules.tinysam.calibration import calibration_boxes, calibration_clicks, calibration_points
 from tests.conftest import BlobData
 from tests.lightning_modules.gendet.conftest import Stub, ToyData
 from tests.lightning_modules.tinysam.tiny import tiny_sam
@@ -111,6 +111,7 @@ def test_encoder_and_decoder_of_a_segmenter(tmp_path, scenes):
         "mask_decoder.iou_prediction_head.layers.2",
     ):
         assert part in names
+    assert not [name for name in names if name.endswith("products.2")], "each call of a module has its own"
     attention = "image_encoder.layers.1.blocks.0.attn."
     order = [names.index(attention + part) for part in ("qkv", "products.0", "products.1", "proj")]
     assert order == sorted(order), "not in the order of the computation"
@@ -126,6 +127,25 @@ def test_calibration_points_lie_on_masks(scenes):
         row, column = (int((value + 0.5) * scale) for value in (y, x))
         assert any(bool(mask[row, column]) for mask in batch["truth"][place])
     assert torch.equal(points, calibration_points(batch, 5)[0])
+
+
+def test_calibration_prompts_of_all_kinds():
+    """A click beside a mask, and boxes around it: in the frame's pixels, as a person would give them."""
+    batch = {"size": torch.tensor([[32, 64]]), "orig_size": torch.tensor([[16, 32]])}
+    mask = torch.zeros(16, 32, dtype=torch.bool)
+    mask[4:8, 10:20] = True
+    batch["truth"] = [mask[None]]
+    clicks, owner = calibration_clicks(batch, 6)
+    assert owner.tolist() == [0] * 6
+    cells = ((clicks + 0.5) / 2 - 0.5).long()  # x, y
+    assert [[bool(mask[y, x]) for x, y in prompt] for prompt in cells.tolist()] == [[True, False, True]] * 6
+    boxes, _ = calibration_boxes(batch, 2)
+    assert boxes.tolist() == [[19.5, 7.5, 39.5, 15.5]] * 2
+    batch["truth"] = [torch.zeros(0, 16, 32)]
+    anywhere = calibration_boxes(batch, 9)[0]
+    assert (anywhere[:, :2] < anywhere[:, 2:]).all()
+    assert (anywhere >= -1).all()
+    assert (anywhere <= torch.tensor([64, 32, 64, 32])).all()
 
 
 def test_a_detector_of_generated_images_on_cached_features(tmp_path):
