@@ -83,11 +83,7 @@ class ONNXExport(Exporter):
         """
         if stage != self.when:
             return
-        lacking = [p for p in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(p) is None]
-        if lacking:
-            raise ModuleNotFoundError(
-                f"ONNXExport needs {', '.join(lacking)}: pip install featherlight[export]"
-            )
+        check_installed("ONNXExport")
         if is_sharded(trainer.strategy):
             raise MisconfigurationException(
                 "ONNXExport exports no sharded network: run `test` on its checkpoint on one device."
@@ -160,6 +156,17 @@ class ONNXExport(Exporter):
             )
             for name, part in owner.inference_parts(self._inputs).items()
         }
+
+
+def check_installed(owner: str) -> None:
+    """Whether the packages of the extra `export` are there.
+
+    Raises:
+        ModuleNotFoundError: names those that are not.
+    """
+    lacking = [p for p in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(p) is None]
+    if lacking:
+        raise ModuleNotFoundError(f"{owner} needs {', '.join(lacking)}: pip install featherlight[export]")
 
 
 def export_onnx(
