@@ -117,9 +117,8 @@ class LightCLIP(ImageTextMethod):
         return self.network.vocabulary
 
     def inference_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`images` and `input_ids`, as far as the batch has them."""
-        names = {"images": "image", "input_ids": "input_ids"}
-        return {name: batch[key] for name, key in names.items() if key in batch}
+        """`image` and `input_ids`, as far as the batch has them."""
+        return {key: batch[key] for key in ("image", "input_ids") if key in batch}
 
     def masked(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Masked ids and labels (batch, length); random numbers of the step's generator."""
