@@ -37,9 +37,7 @@ class Exporter(Callback, ABC):
             MisconfigurationException: the strategy shards the network.
         """
         name = type(self).__name__
-        lacking = [package for package in packages if importlib.util.find_spec(package) is None]
-        if lacking:
-            raise ModuleNotFoundError(f"{name} needs {', '.join(lacking)}: pip install featherlight[export]")
+        check_installed(name, packages)
         if is_sharded(trainer.strategy):
             raise MisconfigurationException(
                 f"{name} exports no sharded network: run `test` on its checkpoint on one device."
@@ -62,6 +60,17 @@ class Exporter(Callback, ABC):
     def results(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """What was written, and how it compares with torch; empty where nothing was exported."""
         return self._report
+
+
+def check_installed(name: str, packages: Sequence[str]) -> None:
+    """Whether packages of the extra `export` are there.
+
+    Raises:
+        ModuleNotFoundError: names those that are not.
+    """
+    lacking = [package for package in packages if importlib.util.find_spec(package) is None]
+    if lacking:
+        raise ModuleNotFoundError(f"{name} needs {', '.join(lacking)}: pip install featherlight[export]")
 
 
 @contextmanager
