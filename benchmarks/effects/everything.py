@@ -94,7 +94,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="COCO's layout: val2017, annotations")
     parser.add_argument("--runs", type=Path, default=Path("runs/effects/tinysam"))
     parser.add_argument("--teacher", choices=tinysam.SETS, default="scenes", help="trained on")
-    parser.add_argument("--teacher-steps", type=int, default=600)
+    parser.add_argument("--teacher-steps", type=int, default=400)
     parser.add_argument("--pictures", type=int, default=10, help="most of COCO's and of the scenes")
     parser.add_argument("--tau", type=float, nargs="+", default=[8.5, 3.0], help="high_score_thresh")
     parser.add_argument("--iou", type=float, default=0.5, help="pred_iou_thresh")

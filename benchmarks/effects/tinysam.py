@@ -4,7 +4,7 @@
 
 No weights of SAM are used: a teacher with a larger encoder is trained on the ground truth of the scenes
 first, and goes on from there on the photographs. Every student has a small TinyViT, starts with the teacher's
-prompt encoder and decoder, and has a sixth of its steps: with the ground truth alone, with the teacher's
+prompt encoder and decoder, and has a fifth of its steps: with the ground truth alone, with the teacher's
 masks beside it (output), and as TinySAM: embeddings, tokens and masks, hard prompts and hard mask weights.
 Mean IoU with the ground truth after one and after three clicks on pictures that nobody was trained on. What
 is finished is kept.
@@ -217,8 +217,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=Path("runs/effects/tinysam"), help="where runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sets", choices=SETS, nargs="+", default=list(SETS))
-    parser.add_argument("--teacher-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--teacher-steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=80)
     return parser.parse_args()
 
 

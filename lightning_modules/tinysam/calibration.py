@@ -10,9 +10,8 @@ from lightning_modules.parts.inference import OutputKind
 from lightning_modules.tinysam.prompts import Prompts, decode_prompts
 
 KINDS: Mapping[str, OutputKind] = {
-    f"{prompts}_{name}": kind
-    for prompts in ("point", "click", "box")
-    for name, kind in (("masks", "bernoulli"), ("iou", "probability"))
+    **dict.fromkeys(("point_masks", "click_masks", "box_masks"), "bernoulli"),
+    **dict.fromkeys(("point_iou", "click_iou", "box_iou"), "probability"),
 }
 """Of the outputs of the whole pass; logits of masks and predicted IoUs."""
 
