@@ -84,7 +84,13 @@ def find_blocks(network: nn.Module, path: str | None = None) -> tuple[str, nn.Mo
     def merit(name: str) -> tuple[bool, bool, bool, bool, int]:
         nested = any(name.startswith(f"{other}.") for other in lists)
         tower = _TOWERS.search(name) is not None
-        return not nested, not tower, decoder is None or name in decoder, len(lists[name]) == count, len(lists[name])
+        return (
+            not nested,
+            not tower,
+            decoder is None or name in decoder,
+            len(lists[name]) == count,
+            len(lists[name]),
+        )
 
     name = max(usable, key=merit)
     return name, lists[name]
@@ -137,9 +143,7 @@ def linear_layers(network: nn.Module, blocks_path: str, routers: bool = False) -
             "already?"
         )
     experts = _expert_count(network)
-    return {
-        name: part for name, part in layers.items() if routers or not _is_router(name, part, experts)
-    }
+    return {name: part for name, part in layers.items() if routers or not _is_router(name, part, experts)}
 
 
 @torch.no_grad()

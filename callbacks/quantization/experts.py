@@ -150,7 +150,9 @@ class _Redirection(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.linear:
-            layer = self._layer(kwargs.get("weight", args[1] if len(args) > 1 else None), rows_are_outputs=True)
+            layer = self._layer(
+                kwargs.get("weight", args[1] if len(args) > 1 else None), rows_are_outputs=True
+            )
             if layer is not None:
                 bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
                 result = layer(args[0] if args else kwargs["input"])

@@ -11,6 +11,7 @@ from callbacks.quantization.outliers import detect_outliers, truncated
 from callbacks.quantization.ranks import maximum
 from callbacks.quantization.settings import CrossBlockSettings
 
+
 class ChannelScaling:
     """Scales of outlier channels, folded into the layers that make the channels, block after block.
 

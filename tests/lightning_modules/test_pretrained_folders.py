@@ -66,7 +66,10 @@ def test_missing_weights_are_named(folder, change, message):
 
 @pytest.mark.parametrize(
     ("key", "value", "name"),
-    [("num_hidden_layers", 1, r"9 weights of blocks .*model\.layers\.1\."), ("tie_word_embeddings", True, None)],
+    [
+        ("num_hidden_layers", 1, r"9 weights of blocks .*model\.layers\.1\."),
+        ("tie_word_embeddings", True, None),
+    ],
 )
 def test_a_configuration_that_leaves_weights_out(folder, key, value, name):
     config = json.loads((folder / "config.json").read_text())
@@ -113,7 +116,9 @@ def test_other_formats_are_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(MisconfigurationException, match=r"quantized already \(gptq\): only compressed-tensors"):
+    with pytest.raises(
+        MisconfigurationException, match=r"quantized already \(gptq\): only compressed-tensors"
+    ):
         CausalLanguageModel(str(folder), tokenizer="bytes")
 
 
@@ -138,7 +143,9 @@ def test_the_block_that_overflows_in_float16_is_named(trainer, segments_of_text)
     with torch.no_grad():
         module.network.model.layers[1].mlp.up_proj.weight.fill_(6e4)
         module.network.model.layers[1].mlp.gate_proj.weight.fill_(6e4)
-    with pytest.raises(MisconfigurationException, match=r"hidden states of block 1 are not finite in float16"):
+    with pytest.raises(
+        MisconfigurationException, match=r"hidden states of block 1 are not finite in float16"
+    ):
         trainer().test(module, segments_of_text, verbose=False)
     with pytest.raises(MisconfigurationException, match=r"block 1 are not finite in float16: use bfloat16"):
         trainer(callbacks=[RTN(bits=8)]).test(module, segments_of_text, verbose=False)
