@@ -1,4 +1,4 @@
-"""A quantized model as a folder that other programs load: `dense`, or `compressed-tensors` (spec section
+"""A quantized model as a folder that other programs load: `dense`, `compressed-tensors` or `gptq` (spec section
 7).
 """
 
@@ -14,13 +14,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from callbacks.deploy.gptq import gptq_config, gptq_tensors
 from callbacks.deploy.saved_names import saved_names
 from callbacks.quantization.experts import Expert
 from callbacks.quantization.layers import QuantizedMatrix
 from callbacks.quantization.scheme import Scheme
 from callbacks.run.directory import replace_folder
 
-ExportFormat = Literal["dense", "compressed-tensors"]
+ExportFormat = Literal["dense", "compressed-tensors", "gptq"]
 
 
 def export_model(
@@ -38,7 +39,7 @@ def export_model(
         tokenizer: saved beside it; None for none.
         matrices: the integers of each quantized layer.
         form: `dense` keeps plain weights (activations are then not quantized by who loads it);
-            `compressed-tensors` keeps integers and steps.
+            `compressed-tensors` and `gptq` keep integers and steps.
 
     Returns:
         `path`, `format` and `bytes_on_disk` of all weight files.
@@ -46,17 +47,34 @@ def export_model(
     Raises:
         MisconfigurationException: the format cannot express what was done; says what can.
     """
-    if form == "compressed-tensors":
-        config = compression_config(network, matrices)  # refuses before anything is written
+    config = expressed(form, network, matrices)  # refuses before anything is written
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     _save_dense(partial, network, tokenizer)
     found = {"path": str(folder), "format": form}
-    if form == "compressed-tensors":
+    if config is not None:
         dtype = next(network.parameters()).dtype
-        found["packing"] = _compress(partial, matrices, config, saved_names(network, matrices), dtype)
+        _compress(partial, matrices, config, saved_names(network, matrices), dtype)
+        found["packing"] = str(config.get("format", config.get("checkpoint_format")))
     replace_folder(partial, folder)
     return found | {"bytes_on_disk": sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
+
+
+def expressed(
+    form: ExportFormat, network: nn.Module, matrices: Mapping[str, QuantizedMatrix]
+) -> dict[str, Any] | None:
+    """`quantization_config` of a format; None for plain weights.
+
+    Raises:
+        MisconfigurationException: the format cannot express what was done.
+    """
+    if form == "dense":
+        return None
+    if form == "compressed-tensors":
+        return compression_config(network, matrices)
+    config = gptq_config(network, matrices)
+    saved_names(network, matrices)
+    return config
 
 
 def _save_dense(folder: Path, network: nn.Module, tokenizer: Any) -> None:
@@ -168,8 +186,8 @@ def _compress(
     config: dict[str, Any],
     names: Mapping[str, str],
     dtype: torch.dtype,
-) -> str:
-    """Replace the dense weights of a folder by integers; the layout's name.
+) -> None:
+    """Replace the dense weights of a folder by integers.
 
     Args:
         folder: written by `save_pretrained`.
@@ -193,7 +211,8 @@ def _compress(
                 matrix, weight = matrices[layers[saved]], state.pop(f"{saved}.weight")
                 if torch.equal(weight, matrix.weight(weight.dtype).to("cpu", weight.dtype)):
                     missing.discard(saved)
-                state |= packed_tensors(saved, matrix, dtype)
+                gptq = config["quant_method"] == "gptq"
+                state |= gptq_tensors(saved, matrix) if gptq else packed_tensors(saved, matrix, dtype)
         save_file(state, file, metadata={"format": "pt"})
         index |= dict.fromkeys(state, file.name)
         total += sum(tensor.numel() * tensor.element_size() for tensor in state.values())
@@ -210,7 +229,6 @@ def _compress(
     path = folder / "config.json"
     content = json.loads(path.read_text()) | {"quantization_config": config}
     path.write_text(json.dumps(content, indent=2) + "\n")
-    return str(config["format"])
 
 
 def packed_tensors(
