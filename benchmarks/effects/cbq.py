@@ -106,7 +106,7 @@ def sceptic() -> dict[str, Cell]:
         "full rounding": cell("cbq", rounding_rank="full"),
         "full rounding, not homologous (best)": best(),
         "recipe (window 1, offsets and ranges, sign SGD)": cell("cbq", **RECIPE),
-        "recipe, 2 of 16 segments held out": cell("cbq", **{**RECIPE, "epochs": 7, "held_out": 2}),
+        "recipe, 2 of 16 segments held out": cell("cbq", **{**RECIPE, "epochs": 7, "held_out": 0.125}),
         "best, without KL": best(loss_kl=False),
         "best, without L2": best(loss_l2=False),
         "best, without learned steps": best(learn_steps=False),

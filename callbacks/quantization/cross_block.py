@@ -48,6 +48,7 @@ class CrossBlock:
         offload: blocks outside the window wait in the CPU's memory.
 
     Raises:
+        OptionError: no segment is left besides the held-out ones.
         RuntimeError: a loss is not finite; names window, step and learning rates.
     """
 
@@ -73,6 +74,7 @@ class CrossBlock:
         self.schemes = schemes
         self.segments = segments
         self.settings = settings = settings.resolved(schemes.values())
+        settings.learned_segments(len(segments))
         self.device = device or torch.device("cpu")
         self.stack = BlockStack(network, blocks, segments, self.device, autocast, offload)
         self.branches = Branches(

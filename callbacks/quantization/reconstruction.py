@@ -16,7 +16,6 @@ from callbacks.quantization.losses import hidden_error, reconstruction_loss
 from callbacks.quantization.ranks import average
 from callbacks.quantization.rounding import beta_at
 from callbacks.quantization.settings import CrossBlockSettings
-from lightning_modules.parts.options import OptionError
 
 
 class Reconstruction:
@@ -44,11 +43,7 @@ class Reconstruction:
         self.layers = layers
         self.settings = settings
         self.roundings = [layer.rounding for layer in layers if layer.rounding is not None]
-        learned = len(branches) - settings.held_out
-        if learned < 1:
-            raise OptionError(
-                f"held_out={settings.held_out}: it must be below the {len(branches)} calibration segments."
-            )
+        learned = settings.learned_segments(len(branches))
         self.learned, self.held_out = range(learned), range(learned, len(branches))
 
     def loss(self, indices: Any, output: Tensor) -> Tensor:

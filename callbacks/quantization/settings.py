@@ -1,5 +1,6 @@
 """What decides a cross-block quantization, and how far it has got."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -22,7 +23,7 @@ _RANGES = {
     "lr_rounding": "[0, inf)",
     "lr_weight_step": "[0, inf)",
     "lr_act_step": "[0, inf)",
-    "held_out": "[0, inf)",
+    "held_out": "[0, 1)",
     "patience": "[0, inf)",
 }
 
@@ -54,8 +55,8 @@ class CrossBlockSettings:
         lr_rounding: rate of the rounding; published 1e-4.
         lr_weight_step: of the step sizes of weights, or of their ranges' ends; published 1e-7.
         lr_act_step: of static step sizes of activations; published 1e-6.
-        held_out: segments, on each device, that no step sees: after each pass the window's error on them is
-            measured, and the state with the lowest is kept.
+        held_out: share of the segments (rounded up) that no step sees: after each pass the window's loss on
+            them is measured, and the state with the lowest is kept.
         patience: passes without a lower held-out error after which a window ends; 0 does all.
         loss_l2: squared error in the loss.
         loss_kl: divergence in the loss.
@@ -94,7 +95,7 @@ class CrossBlockSettings:
     lr_rounding: float = 1e-2
     lr_weight_step: float = 1e-3
     lr_act_step: float = 1e-4
-    held_out: int = 0
+    held_out: float = 0.0
     patience: int = 0
     loss_l2: bool = True
     loss_kl: bool = True
@@ -121,6 +122,16 @@ class CrossBlockSettings:
             check(start == 0, "hard_start", start, "0 where rounding_form is offset, which always rounds")
         check(not self.patience or self.held_out > 0, "patience", self.patience, "0 where held_out is 0")
         check(self.loss_l2 or self.loss_kl, "loss_kl", self.loss_kl, "true where loss_l2 is false")
+
+    def learned_segments(self, segments: int) -> int:
+        """How many of a device's segments the steps see: those before the held-out ones.
+
+        Raises:
+            OptionError: none is left.
+        """
+        learned = segments - math.ceil(self.held_out * segments)
+        check(learned > 0, "held_out", self.held_out, f"0 with {segments} calibration segment(s) on a device")
+        return learned
 
     def resolved(self, schemes: Iterable[Scheme]) -> "CrossBlockSettings":
         """The same with `cfp_activations` decided for the layers that are quantized."""

@@ -111,7 +111,9 @@ OFFSETS |= {"rates_per_window": True, "lr_rounding": 1.0, "lr_weight_step": 1.0,
 
 
 def test_offsets_and_ranges_lower_the_error_on_held_out_segments(make_model, segments, quantize):
-    engine = quantize(make_model().network, segments, epochs=15, window=1, overlap=0, held_out=2, **OFFSETS)
+    engine = quantize(
+        make_model().network, segments, epochs=15, window=1, overlap=0, held_out=0.25, **OFFSETS
+    )
     rows = engine.progress.rows
     assert rows[0]["loss_after"] < 0.7 * rows[0]["loss_before"]
     assert all(row["held_out_loss_after"] <= row["held_out_loss_before"] for row in rows)
@@ -126,10 +128,12 @@ def test_the_best_state_on_held_out_segments_stays(make_model, segments, quantiz
     harm = {"rates_per_window": False, "lr_rounding": 100.0, "lr_weight_step": 100.0, "batch_size": 2}
     nearest, kept = make_model().network, make_model().network
     quantize(nearest, segments, Scheme(6, 32), epochs=0)
-    options = {**OFFSETS, **harm, "window": 1, "overlap": 0, "held_out": 4}
+    options = {**OFFSETS, **harm, "window": 1, "overlap": 0, "held_out": 0.5}
     engine = quantize(kept, segments, Scheme(6, 32), epochs=9, patience=2, **options)
     assert [row["passes"] for row in engine.progress.rows] == [0, 0, 0, 0]
     assert torch.equal(logits(kept, segments), logits(nearest, segments))
+    with pytest.raises(MisconfigurationException, match=r"held_out=0\.5: it must be 0 with 1 calibration"):
+        quantize(kept, segments[:1], epochs=1, held_out=0.5)
 
 
 def test_a_rounding_can_travel_half_a_step_however_few_steps(make_model, segments, quantize, monkeypatch):
