@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from callbacks.quantization.activations import ActivationQuantizer
 from callbacks.quantization.experts import Expert
 from callbacks.quantization.grid import Grid, from_integers
+from callbacks.quantization.offsets import LearnedOffset
 from callbacks.quantization.rounding import LearnedRounding
 from callbacks.quantization.scheme import Scheme
 
@@ -106,7 +107,7 @@ class LearnedLayer(nn.Module):
         self,
         layer: nn.Module,
         scheme: Scheme,
-        rounding: LearnedRounding | None,
+        rounding: LearnedRounding | LearnedOffset | None,
         activation: ActivationQuantizer,
     ) -> None:
         super().__init__()

@@ -1,6 +1,8 @@
 """RTN and GPTQ on a whole network, in plain torch."""
 
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from callbacks.measure.memory import PeakMemory
 from callbacks.quantization.blocks import BlockStack
-from callbacks.quantization.error_feedback import gptq_integers
+from callbacks.quantization.error_feedback import best_damp, gptq_integers
 from callbacks.quantization.experts import Expert
-from callbacks.quantization.grid import fit_grid, to_integers
+from callbacks.quantization.grid import Grid, fit_grid, to_integers
 from callbacks.quantization.layers import QuantizedMatrix, matrix_of
 from callbacks.quantization.ranks import of_first_rank, total
 from callbacks.quantization.scheme import Scheme
@@ -31,19 +33,46 @@ def nearest_matrix(layer: nn.Module, scheme: Scheme) -> QuantizedMatrix:
     return QuantizedMatrix.of(scheme, to_integers(weight, grid), grid)
 
 
-class InputHessian:
-    """H = 2 X^T X / rows of a layer's inputs, summed up by a hook in float32."""
+class _Enough(Exception):
+    """Leaves a block at the layer whose inputs are watched."""
 
-    def __init__(self, layer: nn.Module) -> None:
+
+class InputHessian:
+    """H = 2 X^T X / rows of a layer's inputs, summed up by a hook in float32.
+
+    Args:
+        layer: a linear layer.
+        leave: end the forward pass at the layer.
+    """
+
+    def __init__(self, layer: nn.Module, leave: bool = False) -> None:
+        self._leave = leave
         weight = matrix_of(layer)
         self._sum = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+        self._fitted: Tensor | None = None
         self._rows = 0
         self._handle = layer.register_forward_pre_hook(lambda _, arguments: self._see(arguments[0]))
 
     def _see(self, x: Tensor) -> None:
         flat = x.detach().flatten(0, -2).float()
-        self._sum += flat.T @ flat
+        self._sum.addmm_(flat.T, flat)
         self._rows += len(flat)
+        if self._leave:
+            raise _Enough
+
+    def hold_out(self) -> None:
+        """What comes from here on is held out."""
+        self._fitted = self._sum.clone()
+
+    def parts(self) -> tuple[Tensor, Tensor] | None:
+        """The sums over what came before `hold_out` and after it, over all ranks; None without it."""
+        if self._fitted is None:
+            return None
+        fitted = total(self._fitted)
+        held_out = self._whole - fitted
+        if not bool(fitted.any()) or not bool(held_out.any()):  # an expert that few tokens reach
+            return None
+        return fitted, held_out
 
     def finish(self) -> Tensor | None:
         """(d_in, d_in) over all ranks, None where nothing went through the layer; takes the hook off."""
@@ -51,7 +80,8 @@ class InputHessian:
         rows = total(torch.tensor(float(self._rows), device=self._sum.device))
         if not rows:
             return None
-        return 2 * total(self._sum) / rows
+        self._whole = total(self._sum)
+        return 2 * self._whole / rows
 
 
 class SequentialGPTQ:
@@ -62,11 +92,14 @@ class SequentialGPTQ:
         blocks: path of its blocks.
         schemes: `{layer name: scheme}`.
         segments: this rank's token ids, (segments, length).
-        damp: share of the mean diagonal of the Hessian that is added to it.
+        damp: share of the mean diagonal of the Hessian that is added to it. Of several, each group of layers
+            takes the one that errs least on the last quarter of the segments after a fit to the others; the
+            final fit is to all.
         batch_size: segments that pass through a block at once.
         device: where blocks run.
         true_sequential: within a block too, each layer sees what the quantized layers before it give; False
             takes the inputs of all layers of a block from its unquantized form.
+        act_order: see `gptq_integers`.
     """
 
     def __init__(
@@ -75,21 +108,24 @@ class SequentialGPTQ:
         blocks: str,
         schemes: dict[str, Scheme],
         segments: Tensor,
-        damp: float = 0.01,
+        damp: float | Sequence[float] = 0.01,
         batch_size: int = 1,
         device: torch.device | None = None,
         true_sequential: bool = True,
+        act_order: bool = False,
     ) -> None:
         self.network = network
         self.schemes = schemes
         self.segments = segments
-        self.damp = damp
+        self.damps = [damp] if isinstance(damp, float) else list(damp)
         self.batch_size = batch_size
         self.true_sequential = true_sequential
+        self.act_order = act_order
         self.device = device or torch.device("cpu")
         self.stack = BlockStack(network, blocks, segments, self.device)
         self.handles: list[RemovableHandle] = []
         self.rows: list[dict[str, Any]] = []
+        self._once: set[str] = set()  # layers of the present block that a forward pass reaches once
 
     @torch.no_grad()
     def run(self) -> dict[str, QuantizedMatrix]:
@@ -139,6 +175,7 @@ class SequentialGPTQ:
         finally:
             for handle in handles:
                 handle.remove()
+        self._once = {name for name, seen in inputs.items() if len(seen) == 1}
         groups: dict[tuple[int, ...], list[str]] = {}
         for name, seen in inputs.items():
             groups.setdefault(tuple(map(id, seen)), []).append(name)
@@ -151,23 +188,24 @@ class SequentialGPTQ:
         watched: list[InputHessian | None] = []
         for group in groups:
             first = next((name for name in group if self.schemes[name].bits < 16), None)
-            watched.append(InputHessian(self.network.get_submodule(first)) if first else None)
+            leave = len(groups) == 1 and first in self._once
+            watched.append(InputHessian(self.network.get_submodule(first), leave) if first else None)
         if any(watched):
-            for number, batch in enumerate(hidden):
-                self._run(index, number, batch)
+            self._watch(index, [inputs for inputs in watched if inputs], hidden)
         matrices: dict[str, QuantizedMatrix] = {}
         for group, inputs in zip(groups, watched, strict=True):
             hessian = inputs.finish() if inputs else None
             if inputs is not None and hessian is None:
                 self._unreached(group[0])
+            for scheme in dict.fromkeys(self.schemes[name] for name in group):
+                names = [name for name in group if self.schemes[name] == scheme]
+                if inputs is None or hessian is None or scheme.bits >= 16:
+                    layers = {name: self.network.get_submodule(name) for name in names}
+                    matrices |= {name: nearest_matrix(layer, scheme) for name, layer in layers.items()}
+                else:
+                    matrices |= self._matrices(names, scheme, hessian, inputs.parts())
             for name in group:
-                layer, scheme = self.network.get_submodule(name), self.schemes[name]
-                matrices[name] = QuantizedMatrix(scheme)
-                if scheme.bits < 16 and hessian is None:
-                    matrices[name] = nearest_matrix(layer, scheme)
-                elif scheme.bits < 16:
-                    matrices[name] = self._matrix(layer, scheme, hessian)
-                handle = matrices[name].install(layer)
+                handle = matrices[name].install(self.network.get_submodule(name))
                 if handle is not None:
                     self.handles.append(handle)
         return matrices
@@ -182,10 +220,33 @@ class SequentialGPTQ:
             "it alone with `ignore`."
         )
 
-    def _matrix(self, layer: nn.Module, scheme: Scheme, hessian: Tensor) -> QuantizedMatrix:
-        weight = matrix_of(layer).float()
-        options = (scheme.bits, scheme.group_size, scheme.symmetric)
-        integers, grid = gptq_integers(weight, hessian, *options, damp=self.damp)
-        plain = to_integers(weight, fit_grid(weight, *options))
-        matrix = QuantizedMatrix.of(scheme, integers, grid)
-        return replace(matrix, changed=float((plain != integers).double().mean()))
+    def _watch(self, index: int, watched: list[InputHessian], hidden: list[Tensor]) -> None:
+        """Run a block on all segments."""
+        held_out = -(-len(hidden) // 4) if len(self.damps) > 1 else 0
+        for number, batch in enumerate(hidden):
+            if held_out and number == len(hidden) - held_out:
+                for inputs in watched:
+                    inputs.hold_out()
+            with suppress(_Enough):
+                self._run(index, number, batch)
+
+    def _matrices(
+        self, names: list[str], scheme: Scheme, hessian: Tensor, parts: tuple[Tensor, Tensor] | None
+    ) -> dict[str, QuantizedMatrix]:
+        """Layers of one input and one scheme, as one matrix: rows do not depend on each other."""
+        weights = [matrix_of(self.network.get_submodule(name)).float() for name in names]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        grid = (scheme.bits, scheme.group_size, scheme.symmetric)
+        damp = self.damps[0]
+        if parts is not None:
+            damp = best_damp(weight, *parts, self.damps, grid, self.act_order)
+        integers, found = gptq_integers(weight, hessian, *grid, damp=damp, act_order=self.act_order)
+        changed = to_integers(weight, fit_grid(weight, *grid)) != integers
+        matrices, first = {}, 0
+        for name, rows in zip(names, map(len, weights), strict=True):
+            here = slice(first, first + rows)
+            own = Grid(found.scale[here], found.zero_point[here], found.low, found.high)
+            matrix = QuantizedMatrix.of(scheme, integers[here], own)
+            matrices[name] = replace(matrix, changed=float(changed[here].double().mean()))
+            first += rows
+        return matrices

@@ -18,6 +18,7 @@ from callbacks.quantization.settings import Progress
 from callbacks.run.checkpointing import AtomicCheckpointIO
 
 _TENSORS = ("integers", "scale", "zero_point")
+_AT_ONCE = 2**20
 
 
 def as_plain(matrix: QuantizedMatrix) -> dict[str, Any]:
@@ -39,9 +40,11 @@ def fingerprint(network: nn.Module, segments: Tensor | None) -> dict[str, str]:
     """
     weights = hashlib.sha256()
     for name, parameter in network.named_parameters():
-        total = parameter.detach().double()
-        sums = f"{float(total.sum())!r} {float(total.abs().sum())!r}"
-        weights.update(f"{name} {tuple(parameter.shape)} {sums}".encode())
+        total, size = 0.0, 0.0
+        for part in parameter.detach().flatten().split(_AT_ONCE):  # no copy of an embedding in float64
+            part = part.double()
+            total, size = total + float(part.sum()), size + float(part.abs().sum())
+        weights.update(f"{name} {tuple(parameter.shape)} {total!r} {size!r}".encode())
     found = {"weights": weights.hexdigest()[:16], "configuration": _configuration(network)}
     if segments is not None:
         found["calibration"] = hashlib.sha256(segments.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
