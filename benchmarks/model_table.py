@@ -212,19 +212,19 @@ def table(rows: dict[str, dict[str, str]], command: str) -> str:
     lines = [
         "# Families of language models",
         "",
-        f"All {len(rows)} types of transformers {transformers.__version__} with a causal language model, as tiny "
-        f"random models, with torch {torch.__version__.partition('+')[0]}, {date.today():%d %B %Y}:",
+        f"All {len(rows)} types of transformers {transformers.__version__} with a causal language model, as "
+        f"tiny random models, with torch {torch.__version__.partition('+')[0]}, {date.today():%d %B %Y}:",
         "",
         "```bash",
         command,
         "```",
         "",
-        f"Of {len(tried)} that could be tried, {whole} have at least 90 % of their blocks' weights quantized by "
-        f"RTN; GPTQ and CBQ calibrate {exact}, whose second segment comes out of the blocks as it does of the "
-        f"model; {equal} exports as compressed-tensors load in transformers with equal logits. The others are "
-        "refused with the sentence in the table.",
+        f"Of {len(tried)} that could be tried, {whole} have at least 90 % of their blocks' weights quantized "
+        f"by RTN; GPTQ and CBQ calibrate {exact}, whose second segment comes out of the blocks as it does of "
+        f"the model; {equal} exports as compressed-tensors load in transformers with equal logits. The others "
+        "have the sentence with which they are refused, or what transformers says when it loads them.",
         "",
-        "| type | blocks' weights in RTN | a second segment (GPTQ, CBQ) | compressed-tensors, symmetric 4 bits |",
+        "| type | blocks' weights in RTN | a second segment (GPTQ, CBQ) | compressed-tensors, W4 symmetric |",
         "| --- | --- | --- | --- |",
     ]
     for name, row in rows.items():

@@ -166,7 +166,7 @@ def is_linear(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def idle_layers(network: nn.Module, names: Sequence[str], device: torch.device) -> list[str]:
-    """Those of the layers that a forward pass leaves out; experts, which may not be chosen, are not counted."""
+    """Those of the layers that a forward pass leaves out; experts, which may not be chosen, do not count."""
     seen: set[str] = set()
     alone = [name for name in names if "expert" not in name]
     handles = [
