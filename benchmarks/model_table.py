@@ -221,8 +221,8 @@ def table(rows: dict[str, dict[str, str]], command: str) -> str:
         "",
         f"Of {len(tried)} that could be tried, {whole} have at least 90 % of their blocks' weights quantized "
         f"by RTN; GPTQ and CBQ calibrate {exact}, whose second segment comes out of the blocks as it does of "
-        f"the model; {equal} exports as compressed-tensors load in transformers with equal logits. The others "
-        "have the sentence with which they are refused, or what transformers says when it loads them.",
+        f"the model; {equal} exports as compressed-tensors load in transformers with equal logits. The "
+        "others have the sentence with which they are refused, or what transformers says when it loads them.",
         "",
         "| type | blocks' weights in RTN | a second segment (GPTQ, CBQ) | compressed-tensors, W4 symmetric |",
         "| --- | --- | --- | --- |",
