@@ -1,4 +1,4 @@
-"""Which causal families of the installed transformers can be quantized, calibrated and exported: `docs/models.md`.
+"""Which families of the installed transformers can be quantized, calibrated and exported: `docs/models.md`.
 
 A tiny random model of every type of `MODEL_FOR_CAUSAL_LM_MAPPING`, each in a process of its own:
 
@@ -59,6 +59,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 64),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "decoder_start_token_id"), 1),
     "pad_token_id": 0,
+    "rotary_dim": 4,
+    "attention_types": [[["global", "local"], 1]],
+    "mamba_n_heads": 8,
     "num_kv_shared_layers": 0,
     "sliding_window": 8,
 }
@@ -209,19 +212,19 @@ def table(rows: dict[str, dict[str, str]], command: str) -> str:
     lines = [
         "# Families of language models",
         "",
-        f"All {len(rows)} types of transformers {transformers.__version__} with a causal language model, as tiny random models, "
-        f"with torch {torch.__version__.partition('+')[0]}, {date.today():%d %B %Y}:",
+        f"All {len(rows)} types of transformers {transformers.__version__} with a causal language model, as "
+        f"tiny random models, with torch {torch.__version__.partition('+')[0]}, {date.today():%d %B %Y}:",
         "",
         "```bash",
         command,
         "```",
         "",
-        f"Of {len(tried)} that could be tried, {whole} have at least 90 % of their blocks' weights quantized by RTN; GPTQ and CBQ "
-        f"calibrate {exact}, whose second segment comes out of the blocks as it does of the model; "
-        f"{equal} exports as compressed-tensors load in transformers with equal logits. The others are refused, before "
-        "anything is computed, with the sentence in the table. `dense` exports every family.",
+        f"Of {len(tried)} that could be tried, {whole} have at least 90 % of their blocks' weights quantized "
+        f"by RTN; GPTQ and CBQ calibrate {exact}, whose second segment comes out of the blocks as it does of "
+        f"the model; {equal} exports as compressed-tensors load in transformers with equal logits. The "
+        "others have the sentence with which they are refused, or what transformers says when it loads them.",
         "",
-        "| type | weights of the blocks that RTN covers | a second segment (GPTQ, CBQ) | compressed-tensors, symmetric 4 bits |",
+        "| type | blocks' weights in RTN | a second segment (GPTQ, CBQ) | compressed-tensors, W4 symmetric |",
         "| --- | --- | --- | --- |",
     ]
     for name, row in rows.items():

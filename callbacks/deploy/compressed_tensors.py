@@ -1,5 +1,5 @@
-"""A quantized model as a folder that other programs load: `dense`, `compressed-tensors` or `gptq` (spec section
-7).
+"""A quantized model as a folder that other programs load: `dense`, `compressed-tensors` or `gptq` (section 7
+of the spec).
 """
 
 import importlib.util

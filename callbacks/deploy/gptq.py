@@ -1,9 +1,9 @@
 """GPTQ's checkpoint layout (`gptq_v2`), which vLLM and transformers with gptqmodel load.
 
-A layer of (d_out, d_in) is kept transposed: `qweight` int32 (d_in bits / 32, d_out) has the integers of a column
-one after another from the lowest bit on, `qzeros` int32 (groups, d_out bits / 32) the zero points of a group in
-the same way along the outputs, `scales` float16 (groups, d_out), `g_idx` int32 (d_in,) each input's group. The
-older layout keeps zero points less one; `checkpoint_format` tells them apart.
+A layer of (d_out, d_in) is kept transposed: `qweight` int32 (d_in bits / 32, d_out) has the integers of a
+column one after another from the lowest bit on, `qzeros` int32 (groups, d_out bits / 32) the zero points of a
+group in the same way along the outputs, `scales` float16 (groups, d_out), `g_idx` int32 (d_in,) each input's
+group. The older layout keeps zero points less one; `checkpoint_format` tells them apart.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,8 @@ def gptq_config(network: nn.Module, matrices: Mapping[str, QuantizedMatrix]) -> 
         reason = _reason(matrix.scheme, network.get_submodule(name))
         if reason is not None:
             raise MisconfigurationException(
-                f"The GPTQ layout cannot express layer '{name}' ({matrix.scheme}): {reason}. Export it as dense."
+                f"The GPTQ layout cannot express layer '{name}' ({matrix.scheme}): {reason}. Export it as "
+                "dense."
             )
     schemes = {matrix.scheme for matrix in matrices.values()}
     common = max(schemes, key=lambda scheme: sum(m.scheme == scheme for m in matrices.values()))
@@ -127,6 +128,7 @@ def with_half_steps(name: str, matrix: QuantizedMatrix, dtype: torch.dtype) -> Q
     half = matrix.scale.to(dtype).half().to(matrix.scale.dtype)
     if not bool(half.isfinite().all()):
         raise MisconfigurationException(
-            f"A step of '{name}' is too large for float16, in which GPTQ's layout keeps it. Export it as dense."
+            f"A step of '{name}' is too large for float16, in which GPTQ's layout keeps it. Export it as "
+            "dense."
         )
     return replace(matrix, scale=half)

@@ -19,7 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from callbacks.deploy.compressed_tensors import ExportFormat, export_model, expressed
 from callbacks.deploy.gptq import with_half_steps
 from callbacks.quantization.blocks import find_blocks, idle_layers, linear_layers
+from callbacks.quantization.budget import WIDTHS, within_budget
 from callbacks.quantization.layers import QuantizedMatrix
+from callbacks.quantization.ranks import share_of
 from callbacks.quantization.report import block_weights, describe, left_out
 from callbacks.quantization.scheme import Scheme, only_matched, resolve_schemes
 from callbacks.run.directory import announce, run_directory, write_json
@@ -33,7 +35,7 @@ from lightning_modules.language_model import (
 )
 from lightning_modules.parts.contracts import HasCalibrationSegments, datamodule_of, require
 from lightning_modules.parts.frozen import evaluating
-from lightning_modules.parts.options import OptionError, options_of
+from lightning_modules.parts.options import OptionError, check_range, options_of
 from lightning_modules.parts.strategies import is_sharded
 from lightning_modules.parts.text_networks import LabelWords
 from lightning_modules.text_classifier import TextClassifier
@@ -124,6 +126,9 @@ class QuantizationCallback(EvaluationQuantizer):
         baseline: also measure the perplexity before quantization, on the same batches.
         check_export: load what was exported, and compare logits and perplexity on the first four batches.
 
+        average_bits: give each layer without an override its own bits, so many on average, more where
+            rounding costs the loss more (squared gradients on up to 32 calibration segments); None: `bits`.
+
     The options of `Scheme` come before these.
 
     Raises:
@@ -148,6 +153,7 @@ class QuantizationCallback(EvaluationQuantizer):
         export: Export = "none",
         baseline: bool = True,
         check_export: bool = True,
+        average_bits: float | None = None,
     ) -> None:
         super().__init__()
         self.scheme = settings
@@ -158,6 +164,9 @@ class QuantizationCallback(EvaluationQuantizer):
         self.export = export
         self.baseline = baseline
         self.check_export = check_export
+        self.average_bits = average_bits
+        if average_bits is not None:
+            check_range("average_bits", average_bits, "[2, 8]")
         self.matrices: dict[str, QuantizedMatrix] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -240,8 +249,8 @@ class QuantizationCallback(EvaluationQuantizer):
             raise MisconfigurationException(
                 f"{', '.join(idle[:4])}{', ...' if len(idle) > 4 else ''} never runs: "
                 f"{type(network).__name__} takes its weights and multiplies elsewhere, so its inputs can be "
-                f"neither seen nor quantized. Leave it alone (ignore: ['*.{idle[0].rpartition('.')[2]}']), or "
-                "use RTN with activation_bits: 16."
+                f"neither seen nor quantized. Leave it alone (ignore: ['*.{idle[0].rpartition('.')[2]}']), "
+                "or use RTN with activation_bits: 16."
             )
         total = sum(block_weights(network, blocks).values())
         rest = left_out(network, blocks, schemes)
@@ -252,6 +261,19 @@ class QuantizationCallback(EvaluationQuantizer):
                 f"{type(self).__name__}: {share:.0%} of the blocks' weights stay as they are: "
                 f"{', '.join(kinds[:4])}{', ...' if len(kinds) > 4 else ''}."
             )
+
+    def _share_bits(
+        self, trainer: Trainer, module: CausalLanguageModel, schemes: dict[str, Scheme], average: float
+    ) -> dict[str, Scheme]:
+        """The bits of each layer, see `average_bits`."""
+        if not isinstance(module, CausalLanguageModel):
+            raise MisconfigurationException(
+                "average_bits needs a CausalLanguageModel, whose loss it watches."
+            )
+        segments = share_of(self.segments(trainer))[:32]
+        widths = (2, 3, 4, 8) if "gptq" in _FORMS[self.export] else WIDTHS
+        with torch.inference_mode(False), evaluating(module.network):
+            return within_budget(module.network, schemes, segments, average, self.scheme, widths)
 
     def check(self, schemes: Mapping[str, Scheme]) -> None:
         """Refuse what this method cannot do."""
@@ -269,6 +291,8 @@ class QuantizationCallback(EvaluationQuantizer):
         if self.baseline and loaders is not None and isinstance(module, CausalLanguageModel):
             before = self._perplexity(trainer, module, loaders)
         self._check_layers(module, blocks, schemes, layers_see=self.needs_inputs)
+        if self.average_bits is not None:
+            schemes = self._share_bits(trainer, module, schemes, self.average_bits)
         kinds = sorted({str(scheme) for scheme in schemes.values()})
         rank_zero_info(f"{type(self).__name__}: {len(schemes)} layers, {', '.join(kinds)}.")
         training = module.network.training
@@ -283,6 +307,8 @@ class QuantizationCallback(EvaluationQuantizer):
                     matrix.install(module.network.get_submodule(name))
         module.network.train(training)
         self.report = describe(module.network, self.matrices, self.scheme, blocks) | details
+        if self.average_bits is not None:
+            self.report["average_bits"] = self.average_bits
         if before is not None:
             self.report["perplexity_before"] = before
         self._write(trainer, module, self._first_batches(trainer, module, loaders))
@@ -325,8 +351,8 @@ class QuantizationCallback(EvaluationQuantizer):
         """Load what was written as a user would, and compare it with the model that is measured.
 
         Returns:
-            `checked`, and where the format can be loaded here `perplexity_loaded`, `perplexity_in_memory` of the
-            first batches, and `logits_equal`.
+            `checked`, and where the format can be loaded here `perplexity_loaded`, `perplexity_in_memory` of
+            the first batches, and `logits_equal`.
         """
         if form == "gptq":
             return {"checked": "not loaded: needs vLLM, or gptqmodel on a GPU"}
@@ -353,8 +379,8 @@ class QuantizationCallback(EvaluationQuantizer):
         quantizes = bool(self._handles)
         if not equal and not (form == "dense" and quantizes):
             rank_zero_warn(
-                f"{folder} gives other logits than the model in memory (perplexity {perplexities[0]:.4f}, not "
-                f"{perplexities[1]:.4f})."
+                f"{folder} gives other logits than the model in memory (perplexity {perplexities[0]:.4f}, "
+                f"not {perplexities[1]:.4f})."
             )
         return {
             "checked": "loaded in transformers",

@@ -49,8 +49,9 @@ _TOWERS = re.compile("vision|visual|image|audio|speech|encoder_only|mtp")
 def find_blocks(network: nn.Module, path: str | None = None) -> tuple[str, nn.ModuleList]:
     """Path and list of the blocks of the text model.
 
-    The list has as many members as the configuration says, or its members have one class; what is inside other
-    lists (experts), in towers for pictures and sounds, or outside of the decoder comes last; then the longest.
+    The list has as many members as the configuration says, or its members have one class; what is inside
+    other lists (experts), in towers for pictures and sounds, or outside of the decoder comes last; then the
+    longest.
 
     Args:
         network: a causal language model of transformers.
@@ -165,7 +166,7 @@ def is_linear(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def idle_layers(network: nn.Module, names: Sequence[str], device: torch.device) -> list[str]:
-    """Those of the layers that a forward pass leaves out; experts, which may not be chosen, are not counted."""
+    """Those of the layers that a forward pass leaves out; experts, which may not be chosen, do not count."""
     seen: set[str] = set()
     alone = [name for name in names if "expert" not in name]
     handles = [
@@ -204,9 +205,9 @@ def _is_router(name: str, layer: nn.Module, experts: int) -> bool:
 class BlockStack:
     """Runs ranges of blocks as the model itself would.
 
-    Everything besides the hidden states is recorded for one segment where it is the same for all of them, and
-    for every segment where it is not (per-layer inputs); all segments have one length and no padding. A second
-    segment is run through the blocks, and must come out as it does in the model.
+    Everything besides the hidden states is recorded for one segment where it is the same for all of them,
+    and for every segment where it is not (per-layer inputs); all segments have one length and no padding. A
+    second segment is run through the blocks, and must come out as it does in the model.
 
     Args:
         network: causal language model of transformers.

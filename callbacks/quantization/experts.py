@@ -1,8 +1,8 @@
 """Experts that are kept as one 3-D parameter, as linear layers: one for each expert and matrix.
 
-They are views: what is written into them is in the parameter, and they have no parameters of their own, so the
-network is saved and trained as before. While one of them is watched, learned or has its input quantized, its
-product in the experts' own forward pass goes through it.
+They are views: what is written into them is in the parameter, and they have no parameters of their own, so
+the network is saved and trained as before. While one of them is watched, learned or has its input quantized,
+its product in the experts' own forward pass goes through it.
 """
 
 import inspect
@@ -81,7 +81,7 @@ def _is_transposed(module: nn.Module, name: str, shape: torch.Size) -> bool:
 
 
 def expose_experts(network: nn.Module, prefix: str) -> list[str]:
-    """Give the 3-D experts below `prefix` their linear layers, `<module>.<expert>[.<parameter>]`; the names."""
+    """Give the 3-D experts below `prefix` linear layers, `<module>.<expert>[.<parameter>]`; the names."""
     names: list[str] = []
     owners = [(name, part) for name, part in network.named_modules() if name.startswith(prefix)]
     for path, owner in owners:

@@ -48,7 +48,7 @@ FOLDS = (
     Fold("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "norm"),
     Fold("input_layernorm", (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj"), "norm"),
 )
-"""Llama, Mistral, Qwen and their like, OPT (fc2 behind ReLU), Gemma 2 and 3, Cohere (one norm for both halves)."""
+"""Llama, Mistral, Qwen and their like, OPT (fc2 behind ReLU), Gemma 2 and 3, Cohere (one norm for both)."""
 
 
 class ChannelRange:

@@ -23,7 +23,8 @@ def describe(
 
     Returns:
         `bits`, `group_size`, `symmetric`, `activation_bits`; `quantized_weights` of `weights` in the whole
-        network, and `block_weights`, the matrices in its blocks, of which `quantized_block_share` is quantized;
+        network, and `block_weights`, the matrices in its blocks, of which `quantized_block_share` is
+        quantized;
         `bits_per_quantized_weight` with scales (and zero points) of 16 (and the weights' own) bits;
         `rounding_changed`, the share of weights not rounded to nearest; `layers` with scheme and share of
         each.

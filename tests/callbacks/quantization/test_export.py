@@ -113,7 +113,7 @@ def test_what_the_format_cannot_express_is_refused_before_calibration(
 
 
 def unpacked(words, bits, count):
-    """Integers (count, n) of GPTQ's layout, as its kernels take them: from the lowest bit on, over word borders."""
+    """Integers (count, n) of GPTQ's layout, as its kernels take them: the lowest bit first, over borders."""
     stream = (words.long() & 0xFFFFFFFF).unsqueeze(1) >> torch.arange(32)[None, :, None] & 1
     values = stream.flatten(0, 1).view(count, bits, -1)
     return (values << torch.arange(bits)[None, :, None]).sum(1)

@@ -1,4 +1,4 @@
-"""Folds of CFP in families with other norms and other readers, with a massive activation in the first token."""
+"""Folds of CFP in families with other norms and readers, with a massive activation in the first token."""
 
 import pytest
 import torch

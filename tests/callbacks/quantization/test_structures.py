@@ -1,4 +1,6 @@
-"""Blocks that are built otherwise: experts in 3-D parameters, inputs of their own, shared states, classes of their own."""
+"""Blocks that are built otherwise: experts in 3-D parameters, inputs of their own, states that they share."""
+
+import json
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from callbacks.quantization import CBQ, GPTQ, RTN, Scheme, resolve_schemes
 from callbacks.quantization.activations import quantize_tensor, quantize_tokens
 from callbacks.quantization.base import QuantizationCallback
 from callbacks.quantization.blocks import BlockStack, find_blocks, linear_layers
+from callbacks.quantization.budget import allocate
 from callbacks.quantization.sequential import SequentialGPTQ, nearest_matrix
 from callbacks.quantization.store import ProgressFile, as_plain, fingerprint
 from lightning_modules import CausalLanguageModel
@@ -87,7 +90,7 @@ def test_cbq_learns_experts_and_quantizes_their_inputs(segments, quantize):
     before, scheme = logits(network, segments), Scheme(3, activation_bits=8)
     engine = quantize(network, segments, scheme, epochs=8, lr_rounding=3e-2, rounding_rank="full")
     path, _ = find_blocks(plain)
-    for name, layer in linear_layers(plain, path).items():
+    for layer in linear_layers(plain, path).values():
         nearest_matrix(layer, scheme).install(layer)
     errors = [(logits(each, segments) - before).square().mean() for each in (network, plain)]
     assert errors[0] < 0.8 * errors[1]
@@ -275,6 +278,34 @@ def test_progress_of_another_configuration_or_shape(tmp_path):
     assert file.load().windows == 1
     with pytest.raises(MisconfigurationException, match="delete it to start anew"):
         ProgressFile(tmp_path / "p.pt", {}, {"a": (8, 4)}).load()
+
+
+def test_bits_are_shared_out_by_what_rounding_costs(make_model, tokens, trainer, tmp_path):
+    assert allocate(torch.tensor([[9.0, 1, 0], [2.0, 1, 0]]), [10, 10], (2, 3, 4), 3.0) == [4, 2]
+    assert allocate(torch.tensor([[9.0, 1, 0], [2.0, 1, 0]]), [10, 10], (2, 3, 4), 2.5) == [3, 2]
+    module, plain = make_model(), make_model()
+    with torch.no_grad():
+        before = plain.network.eval()(tokens.calibration).logits
+    callback = RTN(group_size=32, average_bits=3.2, overrides={"*.0.mlp.down_proj": {"bits": 8}})
+    trainer(callbacks=[callback]).test(module, tokens, verbose=False)
+    free = {name: m for name, m in callback.matrices.items() if not name.endswith("0.mlp.down_proj")}
+    sizes = {name: matrix.integers.numel() for name, matrix in free.items()}
+    average = sum(matrix.scheme.bits * sizes[name] for name, matrix in free.items()) / sum(sizes.values())
+    assert 3.05 < average <= 3.2
+    assert len({matrix.scheme.bits for matrix in free.values()}) > 1
+    report = json.loads((tmp_path / "rtn_report.json").read_text())
+    assert report["average_bits"] == 3.2
+    assert report["layers"]["model.layers.0.mlp.down_proj"]["scheme"].startswith("W8")
+    uniform = RTN(bits=3, group_size=32, overrides={"*.0.mlp.down_proj": {"bits": 8}})
+    trainer(callbacks=[uniform]).test(plain, tokens, verbose=False)
+    with torch.no_grad():
+        errors = [
+            (each.network.eval()(tokens.calibration).logits - before).square().mean()
+            for each in (module, plain)
+        ]
+    assert errors[0] < errors[1]
+    with pytest.raises(ValueError, match="average_bits=9"):
+        RTN(average_bits=9.0)
 
 
 def test_the_callback_needs_inputs_unless_it_says_otherwise():
