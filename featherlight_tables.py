@@ -25,6 +25,7 @@ RESERVED = (
     "checkpoint",
     "weights",
     "synthetic_data",
+    "add_bos",
     "seed",
     "date",
 )

@@ -1,7 +1,6 @@
 """Export to formats that run without us."""
 
 import glob
-import importlib.util
 import inspect
 import json
 import logging
@@ -33,8 +32,9 @@ from lightning_modules.parts.inference import (
     spec_of,
 )
 from lightning_modules.parts.names import known_names
-from lightning_modules.parts.strategies import is_sharded
 
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+"""That an export to ONNX imports."""
 PROTOBUF_LIMIT = 1_900_000_000  # bytes; an ONNX file of 2 GiB needs its weights beside it
 
 
@@ -83,11 +83,7 @@ class ONNXExport(Exporter):
         """
         if stage != self.when:
             return
-        check_installed("ONNXExport")
-        if is_sharded(trainer.strategy):
-            raise MisconfigurationException(
-                "ONNXExport exports no sharded network: run `test` on its checkpoint on one device."
-            )
+        self.check_ready(trainer, PACKAGES)
         self._inputs, self._from_validation, self._report = None, False, {}
 
     # Catching an example
@@ -156,17 +152,6 @@ class ONNXExport(Exporter):
             )
             for name, part in owner.inference_parts(self._inputs).items()
         }
-
-
-def check_installed(owner: str) -> None:
-    """Whether the packages of the extra `export` are there.
-
-    Raises:
-        ModuleNotFoundError: names those that are not.
-    """
-    lacking = [p for p in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(p) is None]
-    if lacking:
-        raise ModuleNotFoundError(f"{owner} needs {', '.join(lacking)}: pip install featherlight[export]")
 
 
 def export_onnx(

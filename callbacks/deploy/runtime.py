@@ -15,8 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from callbacks.deploy.base import on_the_cpu
-from callbacks.deploy.onnx import check_installed, export_onnx
+from callbacks.deploy.base import check_installed, on_the_cpu
+from callbacks.deploy.onnx import PACKAGES, export_onnx
 from callbacks.run.directory import announce, replaced_atomically, run_directory
 from lightning_modules.parts.contracts import HasCalibrationBatches, datamodule_of, optional
 from lightning_modules.parts.inference import InferencePath, image_network, inputs_of, repeat_to, spec_of
@@ -78,7 +78,7 @@ class RuntimeTest(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Fail before the work, not after it."""
         if stage in ("test", "validate"):
-            check_installed("RuntimeTest")
+            check_installed("RuntimeTest", PACKAGES)
             image_network(pl_module, "RuntimeTest runs classifiers")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
