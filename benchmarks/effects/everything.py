@@ -35,7 +35,10 @@ Picture = tuple[NDArray[np.uint8], list[dict[str, Any]]]
 
 def photographs(options: argparse.Namespace) -> Iterator[Picture]:
     """No masks are known of them."""
-    for path in sorted(options.photos.glob("*.jpg")):
+    paths = sorted(options.photos.glob("*.jpg"))
+    if not paths:
+        raise SystemExit(f"--photos: no .jpg in {options.photos}.")
+    for path in paths:
         yield np.asarray(Image.open(path).convert("RGB")), []
 
 
@@ -116,7 +119,7 @@ def main() -> None:
     ways = {"full grid": Everything(rounds=1, **filters)}
     ways |= {f"two rounds, tau {tau:g}": Everything(high_score_thresh=tau, **filters) for tau in options.tau}
     heads = ["CPU s", "times faster", "prompts", "masks", "of the grid's", "recall at 0.5", "at 0.75"]
-    for pictures in (photographs, coco, scenes):
+    for pictures in (scenes, coco, photographs):
         rows = compared(network, pictures(options), ways)
         print("\n" + table([pictures.__name__, *heads], rows), flush=True)
 
