@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from common import clock, forget_peak, in_own_process, interleaved, peak_mebibytes, ratios, write_numbers
 from PIL import Image
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.features import FeatureCache
 from datamodules.person_retrieval import PersonTransforms
@@ -157,6 +158,34 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": seconds, "ratios": by_round, "parts": parts}
 
 
+def arithmetic(options: argparse.Namespace) -> dict[str, float]:
+    """Floating-point operations of both passes with every part over those of plain CLIP; nothing is computed."""
+    with torch.device("meta"):
+        built: Any = module(LossSettings(), options)
+        image = torch.rand(options.batch_size, 3, *options.size)
+        ids = torch.zeros(options.batch_size, options.context_length, dtype=torch.int64)
+
+        def counted(every_part: bool) -> int:
+            with FlopCounterMode(display=False) as counter:
+                v, t = built.base_model.image_tokens(image), built.base_model.text_tokens(ids)
+                loss = v[:, 0].sum() + t[:, 0].sum()
+                if every_part:
+                    decoded = [built.granularity_decoder(side).repeat(3, 1, 1) for side in (v, t)]
+                    pair = [side[:, 0].repeat(3, 1) for side in (v, t)]
+                    loss = built.matcher(*decoded).sum() + sum(
+                        built.cid_head(*each).sum() for each in (pair, pair[::-1])
+                    )
+                loss.backward()
+            return counter.get_total_flops()
+
+        found = {"plain CLIP": counted(False), "all parts": counted(True)}
+    ratio = found["all parts"] / found["plain CLIP"]
+    print(
+        f"operations of {options.batch_size} pairs of {options.model}: {ratio:.3f} times those of plain CLIP"
+    )
+    return {**found, "ratio": ratio}
+
+
 def passes(built: CFAM, batch: dict[str, Tensor]) -> None:
     built.zero_grad()
     torch.stack(list(built.losses(built.compute(batch), batch).values())).sum().backward()
@@ -193,7 +222,7 @@ def answers(options: argparse.Namespace) -> dict[str, Any]:
     return {"milliseconds": times}
 
 
-SUBJECTS = {"metrics": metrics, "steps": steps, "answers": answers}
+SUBJECTS = {"metrics": metrics, "arithmetic": arithmetic, "steps": steps, "answers": answers}
 
 
 def parsed() -> argparse.Namespace:
@@ -209,7 +238,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--timed", type=int, default=4, help="pairs of a timed forward and backward pass")
     parser.add_argument("--model", default="ViT-B-16", help="open_clip's name, or small")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=SUBJECTS, help="one of the three")
+    parser.add_argument("--only", choices=SUBJECTS, help="one of them")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -32,7 +32,7 @@ class Matching(NamedTuple):
     pairs: Literal["all", "positives"] = "all"
     epsilon: float = 0.05
     iterations: int = 5
-    budget: int = 1 << 30
+    budget: int = 1 << 28
 
     def check(self) -> None:
         """Refuse what is out of range.
