@@ -14,6 +14,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from callbacks.deploy.saved_names import saved_names
+from callbacks.quantization.experts import Expert
 from callbacks.quantization.layers import QuantizedMatrix
 from callbacks.quantization.scheme import Scheme
 from callbacks.run.directory import replace_folder
@@ -51,7 +53,8 @@ def export_model(
     _save_dense(partial, network, tokenizer)
     found = {"path": str(folder), "format": form}
     if form == "compressed-tensors":
-        found["packing"] = _compress(partial, matrices, config)
+        dtype = next(network.parameters()).dtype
+        found["packing"] = _compress(partial, matrices, config, saved_names(network, matrices), dtype)
     replace_folder(partial, folder)
     return found | {"bytes_on_disk": sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
 
@@ -78,6 +81,12 @@ def compression_config(network: nn.Module, matrices: Mapping[str, QuantizedMatri
     Raises:
         MisconfigurationException: a layer cannot be expressed, or the package that packs weights is missing.
     """
+    if any(isinstance(part, Expert) for part in network.modules()):
+        raise MisconfigurationException(
+            f"compressed-tensors cannot express {type(network).__name__}: it keeps its experts as 3-D "
+            "parameters, which no loader takes from that format. Export it as dense."
+        )
+    saved_names(network, matrices)
     groups: dict[Scheme, list[str]] = {}
     for name, matrix in matrices.items():
         _refuse(name, matrix, network.get_submodule(name))
@@ -112,7 +121,7 @@ def _refuse(name: str, matrix: QuantizedMatrix, layer: nn.Module) -> None:
     reason = None
     if matrix.integers is None:
         reason = "its weights are not quantized"
-    elif not isinstance(layer, nn.Linear):
+    elif type(layer) is not nn.Linear:
         reason = f"it is a {type(layer).__name__}, not a Linear"
     elif scheme.activation_mode == "static_tensor" and scheme.activation_bits < 16:
         reason = "static activation steps were never verified to load"
@@ -153,20 +162,46 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def _compress(folder: Path, matrices: Mapping[str, QuantizedMatrix], config: dict[str, Any]) -> str:
-    """Replace the dense weights of a folder by integers; the layout's name."""
+def _compress(
+    folder: Path,
+    matrices: Mapping[str, QuantizedMatrix],
+    config: dict[str, Any],
+    names: Mapping[str, str],
+    dtype: torch.dtype,
+) -> str:
+    """Replace the dense weights of a folder by integers; the layout's name.
+
+    Args:
+        folder: written by `save_pretrained`.
+        matrices: the integers of each quantized layer.
+        config: `quantization_config`.
+        names: of the layers in the files.
+        dtype: of the dense weights, in which steps are kept.
+
+    Raises:
+        MisconfigurationException: a layer is not in the files, or its weight there is another.
+    """
+    layers = {saved: name for name, saved in names.items()}
+    missing = set(layers)
     files = sorted(folder.glob("*.safetensors"))
     index: dict[str, str] = {}
     total = 0
     for file in files:
         state = load_file(file)
-        for name in [key.removesuffix(".weight") for key in state]:
-            if name in matrices:
-                del state[f"{name}.weight"]
-                state |= packed_tensors(name, matrices[name])
+        for saved in [key.removesuffix(".weight") for key in state]:
+            if saved in layers:
+                matrix, weight = matrices[layers[saved]], state.pop(f"{saved}.weight")
+                if torch.equal(weight, matrix.weight(weight.dtype).to("cpu", weight.dtype)):
+                    missing.discard(saved)
+                state |= packed_tensors(saved, matrix, dtype)
         save_file(state, file, metadata={"format": "pt"})
         index |= dict.fromkeys(state, file.name)
         total += sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if missing:
+        raise MisconfigurationException(
+            f"{len(missing)} of {len(layers)} quantized layers are not in the files as they are in the model "
+            f"({', '.join(sorted(missing)[:4])}). Export it as dense."
+        )
     listing = folder / "model.safetensors.index.json"
     if listing.is_file():
         listing.write_text(
@@ -178,14 +213,16 @@ def _compress(folder: Path, matrices: Mapping[str, QuantizedMatrix], config: dic
     return str(config["format"])
 
 
-def packed_tensors(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
-    """What stands for `<name>.weight` in the file."""
+def packed_tensors(
+    name: str, matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """What stands for `<name>.weight` of type `dtype` in the file."""
     assert matrix.integers is not None
     assert matrix.scale is not None
     assert matrix.zero_point is not None
     shift = 0 if matrix.scheme.symmetric else 2 ** (matrix.scheme.bits - 1)
     integers = (matrix.integers.to(torch.int16) - shift).to(torch.int8).cpu().contiguous()
-    tensors = {f"{name}.weight_scale": matrix.scale.float().cpu().contiguous()}
+    tensors = {f"{name}.weight_scale": matrix.scale.to(dtype).cpu().contiguous()}
     if form_of(matrix.scheme) == "pack-quantized":
         from compressed_tensors import pack_to_int32  # of the extra, and slow to import
 

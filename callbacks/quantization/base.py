@@ -2,6 +2,7 @@
 done.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal, cast
@@ -10,21 +11,22 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from callbacks.deploy.compressed_tensors import ExportFormat, compression_config, export_model
-from callbacks.quantization.blocks import find_blocks, linear_layers
+from callbacks.quantization.blocks import find_blocks, idle_layers, linear_layers
 from callbacks.quantization.layers import QuantizedMatrix
-from callbacks.quantization.report import describe
-from callbacks.quantization.scheme import Scheme, resolve_schemes
+from callbacks.quantization.report import block_weights, describe, left_out
+from callbacks.quantization.scheme import Scheme, only_matched, resolve_schemes
 from callbacks.run.directory import announce, run_directory, write_json
 from lightning_modules.language_model import (
     CausalLanguageModel,
     TokenLikelihood,
     check_ids,
     positions_of,
+    refuse_overflow,
     token_nll,
 )
 from lightning_modules.parts.contracts import HasCalibrationSegments, datamodule_of, require
@@ -120,6 +122,8 @@ class QuantizationCallback(EvaluationQuantizer):
     """
 
     takes_encoders = True
+    needs_inputs = True
+    """Whether the method looks at what goes into the layers."""
 
     @options_of(Scheme)
     def __init__(
@@ -200,7 +204,10 @@ class QuantizationCallback(EvaluationQuantizer):
                 "The model is quantized already: its config has a quantization_config."
             )
         path, _ = find_blocks(module.network, self.blocks)
-        layers = linear_layers(module.network, path)
+        layers = linear_layers(module.network, path, routers=True)
+        routers = [name for name in layers if name not in linear_layers(module.network, path)]
+        asked = only_matched(layers, routers, [*self.targets, *self.overrides])
+        layers = {name: layer for name, layer in layers.items() if name not in routers or name in asked}
         schemes = resolve_schemes(layers, self.scheme, self.targets, self.ignore, self.overrides)
         self.check(schemes)
         if self.export in ("compressed-tensors", "both"):
@@ -210,6 +217,30 @@ class QuantizationCallback(EvaluationQuantizer):
                 {n: QuantizedMatrix(s, empty if s.bits < 16 else None) for n, s in schemes.items()},
             )
         return path, schemes
+
+    def _check_layers(
+        self, module: CausalLanguageModel, blocks: str, schemes: Mapping[str, Scheme], layers_see: bool
+    ) -> None:
+        """Refuse layers that never see an input, where one is needed; say what of the blocks is left out."""
+        network = module.network
+        watched = [n for n, scheme in schemes.items() if layers_see or scheme.activation_bits < 16]
+        idle = idle_layers(network, watched, network_device(network)) if watched else []
+        if idle:
+            raise MisconfigurationException(
+                f"{', '.join(idle[:4])}{', ...' if len(idle) > 4 else ''} never runs: "
+                f"{type(network).__name__} takes its weights and multiplies elsewhere, so its inputs can be "
+                f"neither seen nor quantized. Leave it alone (ignore: ['*.{idle[0].rpartition('.')[2]}']), or "
+                "use RTN with activation_bits: 16."
+            )
+        total = sum(block_weights(network, blocks).values())
+        rest = left_out(network, blocks, schemes)
+        share = sum(rest.values()) / total
+        if share > 0.05 and self.targets == ["*"] and not self.ignore:
+            kinds = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in rest))
+            rank_zero_warn(
+                f"{type(self).__name__}: {share:.0%} of the blocks' weights stay as they are: "
+                f"{', '.join(kinds[:4])}{', ...' if len(kinds) > 4 else ''}."
+            )
 
     def check(self, schemes: Mapping[str, Scheme]) -> None:
         """Refuse what this method cannot do."""
@@ -226,6 +257,7 @@ class QuantizationCallback(EvaluationQuantizer):
         before = None
         if self.baseline and loaders is not None and isinstance(module, CausalLanguageModel):
             before = self._perplexity(trainer, module, loaders)
+        self._check_layers(module, blocks, schemes, layers_see=self.needs_inputs)
         kinds = sorted({str(scheme) for scheme in schemes.values()})
         rank_zero_info(f"{type(self).__name__}: {len(schemes)} layers, {', '.join(kinds)}.")
         training = module.network.training
@@ -234,7 +266,7 @@ class QuantizationCallback(EvaluationQuantizer):
         with torch.inference_mode(False), torch.enable_grad():
             self.matrices, self._handles, details = self.quantize(trainer, module, blocks, schemes)
         module.network.train(training)
-        self.report = describe(module.network, self.matrices, self.scheme) | details
+        self.report = describe(module.network, self.matrices, self.scheme, blocks) | details
         if before is not None:
             self.report["perplexity_before"] = before
         self._write(trainer, module)
@@ -252,7 +284,9 @@ class QuantizationCallback(EvaluationQuantizer):
                         break
                     check_ids(batch["input_ids"], module.network, module.tokenizer_name)
                     ids = batch["input_ids"].to(module.device)
-                    metric.update(token_nll(module(ids), ids))
+                    nll = token_nll(module(ids), ids)
+                    refuse_overflow(module.network, ids, nll)
+                    metric.update(nll)
         return float(metric.compute())
 
     # Calibration data

@@ -48,9 +48,11 @@ class Branches:
     def __len__(self) -> int:
         return len(self.segments)
 
-    def batches(self, count: int | None = None) -> Iterator[slice]:
-        """Indices of the first `count` segments (None: all), at most `batch_size` at a time."""
-        return chunks(len(self) if count is None else count, self.batch_size)
+    def batches(self, part: range | None = None) -> Iterator[slice]:
+        """Indices of some segments (None: all), at most `batch_size` at a time."""
+        part = range(len(self)) if part is None else part
+        for indices in chunks(len(part), self.batch_size):
+            yield slice(part.start + indices.start, part.start + indices.stop)
 
     @torch.no_grad()
     def fill(self) -> None:
@@ -81,7 +83,7 @@ class Branches:
         if self._caches and start < to:
             cache = self._caches[branch]
             for indices in self.batches():
-                cache.write(indices, self.stack.run(start, to, cache.read(indices)))
+                cache.write(indices, self.stack.run(start, to, cache.read(indices), indices))
         self.positions[branch] = max(start, to)
 
     @torch.no_grad()
@@ -98,13 +100,13 @@ class Branches:
         for indices in self.batches():
             hidden = full.read(indices)
             for index in range(start, following):  # block by block, as a resumed run gets there
-                full.write(indices, self.stack.run(index, index + 1, hidden))
+                full.write(indices, self.stack.run(index, index + 1, hidden, indices))
                 hidden = full.read(indices)
-            target = self.stack.run(following, end, hidden)
+            target = self.stack.run(following, end, hidden, indices)
             self._caches["target"].write(indices, target)
             if self.homologous:
                 if not same:
-                    target = self.stack.run(start, end, self.inputs(indices))
+                    target = self.stack.run(start, end, self.inputs(indices), indices)
                 self._caches["homologous"].write(indices, target)
         self.positions["full"] = following
 

@@ -19,6 +19,7 @@ from lightning_modules.parts.options import OptionError, check, check_choice
 Fusion = Literal["stages", "last", "none"]
 TRAINING_ONLY = ("token_align.", "fusion.", "mlm.")
 """Prefixes of what inference does not need."""
+LARGEST_SCALE = 100.0
 POOLED = 7  # sides of the map that a fusion block looks at
 SWIN_NANO = "swin_nano_patch4_window7_224"
 SWIN_ARGUMENTS: dict[str, Any] = {
@@ -29,6 +30,16 @@ SWIN_ARGUMENTS: dict[str, Any] = {
     "patch_size": 4,
     "drop_path_rate": 0.0,
 }
+
+
+def similarity_scale(logit_scale: Tensor) -> Tensor:
+    """min(exp(`logit_scale`), 100), scalar (sections 2.3 and 2.4).
+
+    The gradient is that of exp also at the largest value: where it were 0, a temperature that once reached
+    it would never fall again.
+    """
+    scale = logit_scale.exp()
+    return scale + (scale.clamp(max=LARGEST_SCALE) - scale).detach()
 
 
 def build_trunk(
