@@ -5,7 +5,8 @@
 Teacher and students are small BERTs over the most frequent words of corpus and task, trained from scratch, so
 that nothing is downloaded; the general corpus is real text. All students take the same number of steps. A
 student of another family (DistilBERT) is then trained on the corpus that the generator wrote. `--glue` alone
-missing: the procedural language of the quick start.
+missing: the procedural language of the quick start. `--body` names a folder with a pretrained encoder: the
+teacher is fine-tuned from it, and all read its tokens.
 """
 
 import argparse
@@ -60,8 +61,9 @@ class Experiment:
             write_sentiment(self.root)
             self.tokenizer = str(self.root / "tokenizer")
         else:
-            self.tokenizer = str(folder / "tokenizer")
-            self._learn_vocabulary()
+            self.tokenizer = str(options.body or folder / "tokenizer")
+            if options.body is None:
+                self._learn_vocabulary()
         self.teacher = folder / "teacher.ckpt"
 
     def _learn_vocabulary(self) -> None:
@@ -92,12 +94,14 @@ class Experiment:
         )
         return Trainer(accelerator="cpu", devices=1, default_root_dir=self.folder, **{**quiet, **options})
 
-    def classifier(self, model: str, arguments: dict[str, Any], steps: int, **data: Any) -> tuple[Any, float]:
+    def classifier(
+        self, model: str, arguments: dict[str, Any] | None, steps: int, rate: float = 1e-3, **data: Any
+    ) -> tuple[Any, float]:
         module = TextClassifier(
             model,
             model_args=arguments,
             tokenizer=self.tokenizer,
-            optimizer=partial(torch.optim.AdamW, lr=1e-3),
+            optimizer=partial(torch.optim.AdamW, lr=rate),
         )
         task = self.task(**data)
         self.trainer(max_steps=steps, limit_val_batches=0, max_epochs=-1).fit(module, datamodule=task)
@@ -109,8 +113,13 @@ class Experiment:
 
     def train_teacher(self) -> float:
         seed_everything(1, verbose=False)
-        arguments = bert(64, 2, self.options.length)
-        module, score = self.classifier("bert", arguments, self.options.teacher_steps)
+        if self.options.body is not None:
+            module, score = self.classifier(
+                str(self.options.body), None, self.options.teacher_steps, self.options.body_rate
+            )
+        else:
+            arguments = bert(64, 2, self.options.length)
+            module, score = self.classifier("bert", arguments, self.options.teacher_steps)
         state = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
         torch.save(state, self.teacher)
         return score
@@ -165,6 +174,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--glue", type=Path, help="folder with SST-2 and CoLA; none: a procedural language")
     parser.add_argument("--task", default="sst2", choices=["sst2", "cola"])
     parser.add_argument("--corpus", type=Path, help="general text, a passage a line")
+    parser.add_argument("--body", type=Path, help="folder of a pretrained encoder, the teacher's body")
+    parser.add_argument("--body-rate", type=float, default=1e-4, help="rate of its fine-tuning")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--steps", type=int, default=250, help="of each student")

@@ -12,6 +12,15 @@ from lightning_modules.parts.options import check_choice, check_range
 FORBIDDEN = -1e9
 """Logit of tokens that are never written."""
 
+_OWN = "_made_for_one_reader"
+
+
+def _own(gradient: Tensor) -> Tensor:
+    """Mark a gradient that one node of this file has made for one other: that one may add to it in place."""
+    setattr(gradient, _OWN, True)
+    return gradient
+
+
 Kind = Literal["gumbel", "none"]
 Estimator = Literal["straight_through", "soft"]
 Feedback = Literal["hard", "soft"]
@@ -71,7 +80,9 @@ class Relaxation:
             noise = gumbel_noise(scores)
         if noise is not None:
             scores = scores + noise
-        return (scores / tau).softmax(dim=-1), scores.detach().argmax(dim=-1)
+        del noise  # each is as large as the logits, and the next line makes another one
+        ids = scores.detach().argmax(dim=-1)
+        return (scores if tau == 1 else scores / tau).softmax(dim=-1), ids
 
 
 def gumbel_noise(like: Tensor) -> Tensor:
@@ -102,10 +113,33 @@ class _StraightThrough(torch.autograd.Function):
             return others, None, None
         rows = embedded.to(weight.dtype).flatten(0, -2)
         if others is None:
-            found = rows @ weight.T
+            gradient = rows @ weight.T
         else:
-            found = torch.addmm(others.to(weight.dtype).flatten(0, -2), rows, weight.T)
-        return found.unflatten(0, embedded.shape[:-1]).to(ctx.dtype), None, None
+            added = others.to(weight.dtype).flatten(0, -2)
+            if hasattr(others, _OWN) and added.data_ptr() == others.data_ptr():
+                gradient = added.addmm_(rows, weight.T)
+            else:
+                gradient = torch.addmm(added, rows, weight.T)
+        return _own(gradient.unflatten(0, embedded.shape[:-1]).to(ctx.dtype)), None, None
+
+
+class _ValidSum(torch.autograd.Function):
+    """sum over the valid positions of pi; its gradient is one outer product, laid out as pi is."""
+
+    @staticmethod
+    def forward(ctx: Any, probabilities: Tensor, valid: Tensor) -> Tensor:
+        ctx.save_for_backward(valid)
+        return valid.flatten() @ probabilities.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (valid,) = ctx.saved_tensors
+        return _own(valid.unsqueeze(-1) * gradients[0]), None
+
+
+def sum_of_tokens(probabilities: Tensor, mask: Tensor) -> Tensor:
+    """The sum (V,) of pi (B, L, V) over the valid positions of mask (B, L)."""
+    return _ValidSum.apply(probabilities, mask.to(probabilities.dtype))
 
 
 def embed_tokens(

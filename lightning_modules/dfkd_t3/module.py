@@ -160,25 +160,14 @@ class DataFreeDistillation(TextMaker):
         """
         optimizers, schedules = [], []
         for name in self.optimizer_names:
-            parts: dict[str, nn.Module] = {name: self.get_submodule(name)}
-            if name == "student" and "student_extra" in self._modules:
-                parts["student_extra"] = self.student_extra
-            parts |= {f"objectives.{key}": part for key, part in self.objectives_for(name).items()}
-            named = [(f"{p}.{n}", value) for p, part in parts.items() for n, value in part.named_parameters()]
-            optimizer = self.build_optimizer(self.optimizer, named)
+            optimizer = self.build_optimizer(self.optimizer, self.trained_by(name))
             for group in optimizer.param_groups:
                 group["lr"] = self.rates[name]
             optimizers.append(optimizer)
-            schedules.append(torch.optim.lr_scheduler.LambdaLR(optimizer, partial(self._rate, name)))
+            options = self.schedule_options
+            factor = options.rate if name == "student" else partial(options.generator_rate, self.rates[name])
+            schedules.append(torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
         return optimizers, schedules
-
-    def _rate(self, name: str, step: int) -> float:
-        options = self.schedule_options
-        if name == "student":
-            return options.rate(step)
-        if step >= options.warm_start:
-            return options.rate(step - options.warm_start)
-        return 1.0 if options.warm_start_lr is None else options.warm_start_lr / self.rates[name]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # type: ignore[override]
         """The generator's steps, then the student's; at the beginning a random generator learns to copy."""

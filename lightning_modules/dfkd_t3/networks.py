@@ -139,6 +139,16 @@ class DistilledText(TextEvaluation):
         self.load()
         super().setup(stage)
 
+    def trained_by(self, name: str) -> list[tuple[str, nn.Parameter]]:
+        """Named parameters of an optimiser: of the network that it is called after, of the map of AS-DFD's
+        embeddings, which the student's trains, and of its objectives.
+        """
+        parts: dict[str, nn.Module] = {name: self.get_submodule(name)}
+        if name == "student" and "student_extra" in self._modules:
+            parts["student_extra"] = self.student_extra
+        parts |= {f"objectives.{key}": part for key, part in self.objectives_for(name).items()}
+        return [(f"{p}.{n}", value) for p, part in parts.items() for n, value in part.named_parameters()]
+
     # Readers
 
     def prompt_ids(self, prompt: str | None) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_modules.dfkd_t3.bridge import WrittenText
+from lightning_modules.dfkd_t3.bridge import WrittenText, sum_of_tokens
 from lightning_modules.dfkd_t3.losses import (
     Divergence,
     anchor_loss,
@@ -147,9 +147,8 @@ class GeneratorObjective:
 
     def mean_tokens(self, probabilities: Tensor, mask: Tensor) -> Tensor:
         """The mean mu (V,) of pi over the valid positions of all ranks."""
-        valid = mask.flatten().to(probabilities.dtype)
-        sums = valid @ probabilities.flatten(0, 1)
-        return self._over_ranks(torch.cat([sums, valid.sum().unsqueeze(0)]), counted=True)
+        sums = sum_of_tokens(probabilities, mask)
+        return self._over_ranks(torch.cat([sums, mask.sum().to(sums.dtype).unsqueeze(0)]), counted=True)
 
     def _over_ranks(self, sums: Tensor, counted: bool = False) -> Tensor:
         """Sums of all ranks; divided by their last entry where that is a count."""

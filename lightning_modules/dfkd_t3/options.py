@@ -103,3 +103,14 @@ class Schedule:
         return (
             rising * max(0.0, (total - step) / max(1, total - self.warmup)) if step >= self.warmup else rising
         )
+
+    def generator_rate(self, generator_lr: float, step: int) -> float:
+        """Factor of the generator's rate at a step that counts from the warm start's first.
+
+        Args:
+            generator_lr: what it is a factor of.
+            step: from 0.
+        """
+        if step >= self.warm_start:
+            return self.rate(step - self.warm_start)
+        return 1.0 if self.warm_start_lr is None else self.warm_start_lr / generator_lr

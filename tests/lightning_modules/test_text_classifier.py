@@ -11,7 +11,7 @@ from callbacks import CBQ, GPTQ, RTN, MagnitudePruning, ONNXExport, SubmissionWr
 from datamodules import GlueDataModule
 from datamodules.samples.sentiment import write_sentiment
 from lightning_modules import TextClassifier
-from lightning_modules.parts.text_metrics import MatthewsCorrelation
+from lightning_modules.parts.text_metrics import EntityF1, MatthewsCorrelation
 
 BERT = {
     "hidden_size": 16,
@@ -153,3 +153,26 @@ def test_what_cannot_be_quantized_is_said(make, data, trainer):
         trainer(callbacks=[RTN(bits=4, group_size=8)]).test(module, datamodule=data)
     with pytest.raises(MisconfigurationException, match="CBQ does not quantize a TextClassifier that"):
         trainer(callbacks=[CBQ(bits=4, group_size=8)]).test(make(), datamodule=data)
+
+
+@pytest.mark.parametrize("iob1", [False, True])
+def test_entities_count_by_span_and_type_in_both_schemes(iob1):
+    """Positions without a word are left out, also inside an entity; IOB1 begins with I- where IOB2 has B-."""
+    tags = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+    begin = 1 if iob1 else 0
+    person, place = 1 + begin, 3 + begin
+    metric = EntityF1(tags)
+    truth = torch.tensor([[person, -100, 2, 0, place], [0, place, -100, 0, 0]])
+    guess = torch.tensor([[person, 4, 2, 0, person], [0, place, 3, 3, 0]])
+    metric.update(guess, truth)
+    assert metric.counts.tolist() == [2, 4, 3]
+    assert metric.compute().item() == pytest.approx(4 / 7)
+    metric.update(guess, truth)
+    assert metric.counts.tolist() == [4, 8, 6]
+
+
+def test_a_decoder_from_model_args_begins_with_the_padding(language):
+    module = TextClassifier(
+        "t5", model_args=T5, tokenizer=str(language / "tokenizer"), label_words=["good", "bad"]
+    )
+    assert module.network.config.decoder_start_token_id == module.tokenizer.pad_token_id

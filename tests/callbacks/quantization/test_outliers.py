@@ -130,3 +130,11 @@ def test_a_fold_that_moves_the_output_is_undone(make_model, segments, quantize, 
     quantize(network, segments, Scheme(16, activation_bits=8), epochs=0, cfp_activations=True)
     for name, value in network.state_dict().items():
         torch.testing.assert_close(value, before[name])
+
+
+def test_a_value_on_the_vendors_bound_is_no_outlier():
+    """Quantiles 0.2 and 0.8 are 1, so the bound is 1: what lies on it is not among the coarse outliers."""
+    maxima = torch.tensor([1.0] * 9 + [2.0, 2.5])
+    scales = two_sided_scales(maxima, torch.zeros(11))
+    torch.testing.assert_close(scales[:10], torch.ones(10))
+    assert scales[10].item() == pytest.approx(1.25**0.7)

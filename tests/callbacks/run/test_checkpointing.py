@@ -247,9 +247,11 @@ def test_what_a_killed_run_should_have_deleted_is_deleted_and_nothing_else(train
     checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"] = dict.fromkeys(
         ("ready", "started", "processed", "completed"), 1
     )
-    torch.save(checkpoint, folder / "last.ckpt")  # one more epoch to train
-    resume(folder / "last.ckpt")
+    source = folder / "epoch=1-step=7.ckpt"  # what the run goes on from stays, whatever it is called
+    torch.save(checkpoint, source)  # one more epoch to train
+    resume(source)
     assert {path.name for path in folder.iterdir()} == {
+        "epoch=1-step=7.ckpt",
         "last.ckpt",
         "my best.ckpt",
         "epoch=9-step=40.ckpt",

@@ -75,6 +75,13 @@ def test_the_time_left_counts_steps_where_they_end_the_run(
     assert all(value != "0:00:00" for step, value in steps.items() if step < 6)
 
 
+def test_the_pace_is_of_the_batches_since_the_last_line(monkeypatch):
+    bar = LogLines(seconds=0)
+    bar._printed, bar._counted = 10.0, 4
+    monkeypatch.setattr("callbacks.run.log_lines.time.monotonic", lambda: 12.0)
+    assert bar._pace(10) == "3 batches/s"
+
+
 def test_only_the_first_rank_prints(trainer, blob_data, classifier, capsys):
     bar = LogLines(seconds=0)
     bar.disable()

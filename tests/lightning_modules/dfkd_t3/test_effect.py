@@ -1,8 +1,8 @@
 """What the method is for, on a language of 734 words: it teaches a student what corpus and chance do not.
 
 The losses, the writer, the bridge and the replay buffer are the method's; the networks are bags of words, so
-that hundreds of steps take seconds. Task sentences have words with a sentiment, the general corpus hardly any,
-and the teacher counts them.
+that hundreds of steps take seconds. Task sentences have words with a sentiment, the general corpus has hardly
+any, and the teacher counts them.
 """
 
 from statistics import mean

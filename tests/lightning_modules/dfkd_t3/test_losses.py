@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lightning_modules.dfkd_t3 import (
     GeneratorObjective,
@@ -12,7 +13,7 @@ from lightning_modules.dfkd_t3 import (
     WrittenText,
     embed_tokens,
 )
-from lightning_modules.dfkd_t3.bridge import end_mask
+from lightning_modules.dfkd_t3.bridge import embed_and_pass, end_mask, sum_of_tokens
 from lightning_modules.dfkd_t3.losses import (
     divergence,
     negative_entropy,
@@ -128,3 +129,51 @@ def test_two_readers_and_the_diversity_add_up_to_the_gradient_of_the_product():
     with torch.no_grad():  # a reader without a graph does not cut the tokens off
         SoftTokenBridge(weights[0], prefix, 0)(text)
     assert text.probabilities.requires_grad
+
+
+def test_gradients_of_several_readers_add_up_as_those_of_the_product():
+    """Where a gradient may be added to in place, and where something else has it too."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 4, 40, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(40, width, dtype=torch.float64) for width in (5, 7, 6)]
+    mask = torch.rand(3, 4) < 0.7
+
+    def loss(pi, embedded, sums):
+        kept = [pi * 1.5, pi + pi]  # addition hands one gradient to both sides: nobody may write into it
+        return sum(value.sin().sum() for value in [*embedded, *kept, sums])
+
+    def ours(pi, ids):
+        embedded = []
+        for weight in weights:
+            value, pi = embed_and_pass(pi, ids, weight)
+            embedded.append(value)
+        return loss(pi, embedded, sum_of_tokens(pi, mask))
+
+    def product(pi, ids):
+        tokens = F.one_hot(ids, 40).to(pi.dtype) + pi - pi.detach()
+        sums = (pi * mask.unsqueeze(-1)).sum((0, 1))
+        return loss(pi, [tokens @ weight for weight in weights], sums)
+
+    relaxed = [Relaxation(kind="none").relax(logits, 0.7) for _ in range(2)]
+    gradients = [
+        torch.autograd.grad(of(*pair), logits)[0] for of, pair in zip((ours, product), relaxed, strict=True)
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-9)
+
+
+def test_the_bridge_keeps_one_tensor_of_the_vocabularys_size():
+    """However many networks read: what the product would keep for each is never made."""
+    logits = torch.randn(2, 3, 500, requires_grad=True)
+    kept = set()
+
+    def keep(tensor):
+        if tensor.numel() == logits.numel():
+            kept.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        pi, ids = Relaxation().relax(logits, 1.0)
+        for width in (4, 5, 7):
+            _, pi = embed_and_pass(pi, ids, torch.randn(500, width))
+        sum_of_tokens(pi, torch.ones(2, 3, dtype=torch.bool))
+    assert len(kept) == 1

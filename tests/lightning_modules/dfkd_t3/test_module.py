@@ -61,6 +61,24 @@ def test_the_generator_learns_through_teacher_and_student_and_leaves_them_alone(
     assert embedding.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("t5", [False, True])
+def test_the_students_step_takes_no_path_of_gradients(ready, monkeypatch, t5):
+    """Its text is hard ids, written without a graph: no relaxed token, no noise with one, no bridge."""
+    module, batch = ready(t5=t5)
+
+    def refuse(*_, **__):
+        raise AssertionError("the student's step asked for a gradient through text")
+
+    monkeypatch.setattr("lightning_modules.dfkd_t3.bridge.Relaxation.relax", refuse)
+    monkeypatch.setattr("lightning_modules.dfkd_t3.bridge.embed_and_pass", refuse)
+    module._phase = "student"
+    outputs = module.compute(batch)
+    assert outputs["text"].probabilities is None
+    assert outputs["text"].logits is None
+    assert not outputs["teacher"].requires_grad
+    assert outputs["student"].requires_grad
+
+
 @pytest.mark.parametrize("weights", ["specificity", "adversarial", "token", "balance", "content"])
 def test_each_term_alone_reaches_the_generator(ready, weights):
     chosen = Weights(**dict.fromkeys(("specificity", "balance", "adversarial", "token", "content"), 0.0))
