@@ -32,10 +32,8 @@ def quantize_with_llm_compressor(network: nn.Module, tokens: np.ndarray, options
     from llmcompressor.modifiers.gptq import GPTQModifier
 
     weights = {"num_bits": options.bits, "symmetric": False, "strategy": "group", "group_size": options.group}
-    left = [f"re:.*layers[.]{index}[.].*" for index in range(options.blocks, block_count(network))]
-    recipe = GPTQModifier(
-        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head", *left]
-    )
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    recipe = GPTQModifier(config_groups=groups, ignore=["lm_head"])
     data = Dataset.from_dict({"input_ids": tokens, "attention_mask": np.ones_like(tokens)})
     oneshot(
         model=network,
@@ -51,9 +49,6 @@ def quantize_with_auto_round(network: nn.Module, tokens: np.ndarray, options: An
     from auto_round import AutoRound
     from transformers import AutoTokenizer
 
-    blocks = range(options.blocks, block_count(network))
-    left = tuple(f"model.layers.{index}." for index in blocks)
-    names = [name for name, part in network.named_modules() if isinstance(part, nn.Linear)]
     AutoRound(
         network,
         AutoTokenizer.from_pretrained(options.model),
@@ -66,7 +61,6 @@ def quantize_with_auto_round(network: nn.Module, tokens: np.ndarray, options: An
         nsamples=len(tokens),
         seqlen=tokens.shape[1],
         dataset=list(torch.from_numpy(tokens).split(1)),
-        layer_config={name: {"bits": 16} for name in names if name.startswith(left)},
         device_map="cpu",
         seed=options.seed,
     ).quantize()
@@ -77,8 +71,7 @@ def our_layers(network: nn.Module, options: Any) -> tuple[str, dict[str, Any]]:
     from callbacks.quantization.blocks import find_blocks, linear_layers
 
     path, _ = find_blocks(network)
-    targets = [f"{path}.{index}.*" for index in range(options.blocks)]
-    return path, resolve_schemes(linear_layers(network, path), Scheme(options.bits, options.group), targets)
+    return path, resolve_schemes(linear_layers(network, path), Scheme(options.bits, options.group))
 
 
 def quantize_with_our_gptq(network: nn.Module, tokens: np.ndarray, options: Any) -> None:
@@ -98,7 +91,8 @@ def quantize_with_our_cbq(network: nn.Module, tokens: np.ndarray, options: Any) 
     path, schemes = our_layers(network, options)
     windows = sliding_windows(options.blocks, settings.window, settings.overlap)
     segments = torch.from_numpy(tokens)
-    CrossBlock(network, path, windows, schemes, segments, settings, autocast=torch.bfloat16).run()
+    autocast = torch.bfloat16 if options.bf16 else None
+    CrossBlock(network, path, windows, schemes, segments, settings, autocast=autocast).run()
 
 
 QUANTIZERS: dict[str, Callable[[nn.Module, np.ndarray, Any], None]] = {
@@ -109,10 +103,6 @@ QUANTIZERS: dict[str, Callable[[nn.Module, np.ndarray, Any], None]] = {
 }
 
 
-def block_count(network: nn.Module) -> int:
-    return int(network.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
-
-
 def work(options: argparse.Namespace) -> dict[str, float]:
     """Quantize with one of `QUANTIZERS`; the weights go to `options.result`."""
     from safetensors.torch import save_file
@@ -120,7 +110,9 @@ def work(options: argparse.Namespace) -> dict[str, float]:
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    network = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    network = AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=torch.float32, num_hidden_layers=options.blocks
+    ).eval()
     tokens = np.load(options.tokens)
     began = time.process_time()
     QUANTIZERS[options.only](network, tokens, options)
@@ -150,7 +142,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, fl
         bed.tokenizer.save_pretrained(folder / "model")
     model = options.model if Path(options.model).is_dir() else folder / "model"
     np.save(folder / "tokens.npy", packed_segments(bed.calibration, options.length, options.segments).numpy())
-    blocks = min(options.blocks or 10**9, block_count(bed.network))
+    blocks = options.blocks or bed.network.config.num_hidden_layers
 
     def perplexities() -> dict[str, float]:
         return {
@@ -165,7 +157,9 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, fl
         arguments |= {"blocks": blocks} | {
             key: getattr(options, key) for key in ("bits", "group", "iterations", "threads", "seed")
         }
-        flags = [str(word) for key, value in arguments.items() for word in (f"--{key}", value)]
+        flags = ["--bf16"] * options.bf16 + [
+            str(word) for key, value in arguments.items() for word in (f"--{key}", value)
+        ]
         python = options.peers_python if name in PEERS else sys.executable
         found = json.loads(in_own_process(__file__, *flags, python=python))
         bed.network.load_state_dict(bed.state)
@@ -203,13 +197,14 @@ def main() -> int:
     parser.add_argument("--quantizers", nargs="+", choices=list(QUANTIZERS), default=list(QUANTIZERS))
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
-    parser.add_argument("--blocks", type=int, help="the first so many are quantized, the others left alone")
+    parser.add_argument("--blocks", type=int, help="only the first so many are quantized")
     parser.add_argument("--segments", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--eval-segments", type=int, default=16, help="of 512 tokens, of each text")
     parser.add_argument("--iterations", type=int, default=50, help="of AutoRound; its own default is 200")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--bf16", action="store_true", help="products of CBQ's and AutoRound's calibration")
     parser.add_argument("--json", type=Path, help="write the numbers here, too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -227,6 +222,7 @@ def worker() -> int:
         parser.add_argument(f"--{name}", required=True)
     for name in ("bits", "group", "blocks", "iterations", "threads", "seed"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--bf16", action="store_true")
     print(json.dumps(work(parser.parse_args())))
     return 0
 

@@ -2,8 +2,10 @@
 
 import argparse
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from callbacks.quantization import CrossBlockSettings, Scheme
 from lightning_modules import CausalLanguageModel
@@ -70,3 +72,21 @@ def test_every_variant_does_the_same_windows(speed):
     found = {name: [speed.measure(name, options)] for name in speed.VARIANTS}
     assert {(run[0]["windows"], run[0]["steps"]) for run in found.values()} == {(2, 2)}
     assert len(speed.report(found).splitlines()) == 1 + len(speed.VARIANTS)
+
+
+@pytest.mark.parametrize("name", ["our GPTQ", "our CBQ"])
+def test_quantizers_beside_peers_leave_weights_on_a_grid(load, network, tmp_path, name):
+    peers = load("quantizer_peers")
+    network.save_pretrained(tmp_path)
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(3, 259, (8, 8)))
+    result = tmp_path / "weights.safetensors"
+    options = argparse.Namespace(only=name, model=tmp_path, tokens=tmp_path / "tokens.npy", result=result)
+    options.__dict__ |= {"bits": 2, "group": 32, "blocks": 2, "threads": 1, "seed": 0, "bf16": False}
+    found = peers.work(options)
+    assert found["cpu_seconds"] > 0
+    weights = load_file(result)
+    assert {key.split(".")[2] for key in weights} == {"0", "1"}
+    for weight in weights.values():
+        assert max(len(group.unique()) for group in weight.unflatten(1, (-1, 32)).flatten(0, 1)) <= 4
+    rows = {"full precision": {"sotu": 20.0}, name: {"sotu": 21.0, **found}}
+    assert f"| {name} | 21.00 |" in peers.report(rows)
