@@ -223,16 +223,20 @@ class DataModule(LightningDataModule):
         if "train" not in self.datasets:
             self.setup("fit")
         dataset = self._dataset("train")
-        seeded = SeededDataset(dataset, None, self.transform("val"))
-        length = len(seeded)
+        length = len(dataset)  # type: ignore[arg-type]
         if length == 0:
             raise DataError(f"{type(self).__name__}: the train data in {self.root} has no samples.")
         chosen = [length * place // min(count, length) for place in range(min(count, length))]
-        size, collate = self.eval_batch_size or self.batch_size, self.collation()
+        size = self.eval_batch_size or self.batch_size
         return [
-            collate([seeded[index] for index in chosen[start : start + size]])
+            self.evaluated_batch(dataset, chosen[start : start + size])
             for start in range(0, len(chosen), size)
         ]
+
+    def evaluated_batch(self, dataset: Dataset[Any], rows: Sequence[int]) -> Any:
+        """A batch of some rows, transformed as for evaluation."""
+        seeded = SeededDataset(dataset, None, self.transform("val"))
+        return self.collation()([seeded[row] for row in rows])
 
     def epoch_end(self, part: str, counter: SkipCounter | None) -> Callable[[], None] | None:
         """What is called when a loader has read an epoch: here what says how much could not be read."""

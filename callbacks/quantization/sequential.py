@@ -50,6 +50,7 @@ class InputHessian:
         weight = matrix_of(layer)
         self._sum = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
         self._fitted: Tensor | None = None
+        self._fitted_rows = 0
         self._rows = 0
         self._handle = layer.register_forward_pre_hook(lambda _, arguments: self._see(arguments[0]))
 
@@ -62,17 +63,17 @@ class InputHessian:
 
     def hold_out(self) -> None:
         """What comes from here on is held out."""
-        self._fitted = self._sum.clone()
+        self._fitted, self._fitted_rows = self._sum.clone(), self._rows
 
     def parts(self) -> tuple[Tensor, Tensor] | None:
-        """The sums over what came before `hold_out` and after it, over all ranks; None without it."""
+        """The sums over what came before `hold_out` and after it, over all ranks; None where one is empty."""
         if self._fitted is None:
             return None
-        fitted = total(self._fitted)
-        held_out = self._whole - fitted
-        if not bool(fitted.any()) or not bool(held_out.any()):  # an expert that few tokens reach
+        rows = total(torch.tensor([self._fitted_rows, self._rows], dtype=torch.float32)).tolist()
+        if not 0 < rows[0] < rows[1]:  # an expert that few tokens reach
             return None
-        return fitted, held_out
+        fitted = total(self._fitted)
+        return fitted, self._whole - fitted
 
     def finish(self) -> Tensor | None:
         """(d_in, d_in) over all ranks, None where nothing went through the layer; takes the hook off."""
@@ -199,7 +200,9 @@ class SequentialGPTQ:
                 self._unreached(group[0])
             for scheme in dict.fromkeys(self.schemes[name] for name in group):
                 names = [name for name in group if self.schemes[name] == scheme]
-                if inputs is None or hessian is None or scheme.bits >= 16:
+                if scheme.bits >= 16:
+                    matrices |= {name: QuantizedMatrix(scheme) for name in names}
+                elif inputs is None or hessian is None:
                     layers = {name: self.network.get_submodule(name) for name in names}
                     matrices |= {name: nearest_matrix(layer, scheme) for name, layer in layers.items()}
                 else:

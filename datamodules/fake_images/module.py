@@ -327,6 +327,12 @@ class FakeImagesDataModule(DataModule):
             collate_fn=_whole,
         )
 
+    def evaluated_batch(self, dataset: Dataset[Any], rows: Sequence[int]) -> Any:
+        """A batch of some rows, transformed as for evaluation; cached features as they are."""
+        if isinstance(dataset, FeatureDataset):
+            return dataset.__getitems__(rows)
+        return super().evaluated_batch(dataset, rows)
+
     def _dataset(self, split: str) -> Dataset[Any]:
         dataset = super()._dataset(split)
         if split != "train" or not isinstance(dataset, (FakeImageDataset, FeatureDataset)):

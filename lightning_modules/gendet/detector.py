@@ -24,7 +24,7 @@ from lightning_modules.parts.contracts import (
     optional,
 )
 from lightning_modules.parts.encoder import ImageEncoder
-from lightning_modules.parts.inference import CLASSIFIER
+from lightning_modules.parts.inference import InferenceSpec
 from lightning_modules.parts.weights import load_weights, read_checkpoint
 
 COLUMNS = ("ap", "accuracy", "calibrated_accuracy", "oracle_accuracy", "discrepancy_auc", "teacher_ap")
@@ -52,7 +52,7 @@ class FakeDetector(Method):
     threshold: Tensor
     feature_mean: Tensor
     feature_std: Tensor
-    inference = CLASSIFIER
+    inference = InferenceSpec(outputs=("logits",), unit="images", kinds={"logits": "bernoulli"})
 
     def __init__(self, encoder: ImageEncoder | None = None, standardize: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)

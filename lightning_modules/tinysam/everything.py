@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import nms
 
+from lightning_modules.parts.options import OptionError, check, check_choice, check_range
 from lightning_modules.tinysam.amg import (
     box_xywh,
     crop_boxes,
@@ -27,6 +28,10 @@ DECODED = 8
 """Prompts that are decoded together: their maps of 4,096 places fit into a processor's cache."""
 ENLARGED = 4
 """Masks that exist as full-resolution floats at a time."""
+
+Output = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
+FineGrid = Literal["offset", "regular"]
+Prune = Literal["first", "running"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,9 @@ class Everything:
         coarse_points_per_side: of the first of two rounds; None is a quarter of `points_per_side`.
         high_score_thresh: logit above which a pixel needs no further prompt (the paper's tau).
         fine_grid: points of the second round: `offset` (released) or `regular` (the paper's wording).
+        prune: whose confident area leaves out points of the second round: that of the `first` round (the
+            paper's), or the `running` one, which grows with the second round; its points then come in turns
+            from all over the picture.
     """
 
     points_per_side: int = 32
@@ -63,25 +71,32 @@ class Everything:
     crop_overlap_ratio: float = 512 / 1500
     crop_n_points_downscale_factor: int = 1
     min_mask_region_area: int = 0
-    output: Literal["binary_mask", "uncompressed_rle", "coco_rle"] = "binary_mask"
+    output: Output = "binary_mask"
     rounds: Literal[1, 2] = 2
     coarse_points_per_side: int | None = None
     high_score_thresh: float = 8.5
-    fine_grid: Literal["offset", "regular"] = "offset"
+    fine_grid: FineGrid = "offset"
+    prune: Prune = "first"
 
     def __post_init__(self) -> None:
         for name in ("points_per_side", "points_per_batch", "crop_n_points_downscale_factor"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"everything.{name}: at least 1, got {getattr(self, name)}.")
-        if self.crop_n_layers < 0 or self.min_mask_region_area < 0:
-            raise ValueError("everything: crop_n_layers and min_mask_region_area are 0 or more.")
-        if self.rounds == 2 and self.crop_n_layers:
-            raise ValueError("everything: crops go with the full grid; set rounds: 1, or crop_n_layers: 0.")
-        if self.rounds == 2 and not 1 <= self.coarse <= self.points_per_side:
-            raise ValueError(
-                f"everything.coarse_points_per_side: between 1 and points_per_side "
-                f"({self.points_per_side}), got {self.coarse}."
-            )
+            check_range(f"everything.{name}", getattr(self, name), "[1, inf)")
+        for name in ("crop_n_layers", "min_mask_region_area", "stability_score_offset"):
+            check_range(f"everything.{name}", getattr(self, name), "[0, inf)")
+        for name in ("stability_score_thresh", "box_nms_thresh", "crop_nms_thresh"):
+            check_range(f"everything.{name}", getattr(self, name), "[0, 1]")
+        check_range("everything.crop_overlap_ratio", self.crop_overlap_ratio, "[0, 1)")
+        check_choice("everything.output", self.output, Output)
+        check_choice("everything.fine_grid", self.fine_grid, FineGrid)
+        check_choice("everything.prune", self.prune, Prune)
+        check(self.rounds in (1, 2), "everything.rounds", self.rounds, "1 or 2")
+        if self.rounds == 2:
+            check_range("everything.coarse_points_per_side", self.coarse, f"[1, {self.points_per_side}]")
+            if self.crop_n_layers:
+                raise OptionError(
+                    f"everything.crop_n_layers={self.crop_n_layers}: crops go with the full grid; set "
+                    "rounds: 1, or crop_n_layers: 0."
+                )
 
     @property
     def coarse(self) -> int:
@@ -196,7 +211,7 @@ class MaskGenerator:
             self._embed(image, crop)
             width, height = crop[2] - crop[0], crop[3] - crop[1]
             points = point_grid(max(side, 1)) * [width, height]
-            crop_found, _ = self._round(points, crop, image.shape[:2], planned)
+            crop_found = self._round(points, crop, image.shape[:2], planned)
             found = found.joined(crop_found.suppressed(crop_found.iou, options.box_nms_thresh))
         if len(crops) > 1:
             areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in found.crops]
@@ -211,9 +226,13 @@ class MaskGenerator:
         crop = [0, 0, width, height]
         self._embed(image, crop)
         coarse = point_grid(options.coarse) * [width, height]
-        first, covered = self._round(coarse, crop, (height, width), len(coarse), confident=True)
+        covered = np.zeros((height, width), np.bool_)
+        first = self._round(coarse, crop, (height, width), len(coarse), covered)
         fine = fine_points(coarse, covered, options.points_per_side, options.fine_grid)
-        second, _ = self._round(fine, crop, (height, width), len(coarse) + len(fine))
+        planned, running = len(coarse) + len(fine), options.prune == "running"
+        if running:  # neighbours far apart in time
+            fine = np.concatenate([fine[start :: len(coarse)] for start in range(len(coarse))])
+        second = self._round(fine, crop, (height, width), planned, covered if running else None, running)
         found = second.joined(first)
         return found.suppressed(found.iou, options.box_nms_thresh)
 
@@ -229,20 +248,34 @@ class MaskGenerator:
         crop: list[int],
         original: tuple[int, ...],
         planned: int,
-        confident: bool = False,
-    ) -> tuple[Candidates, NDArray[np.bool_]]:
-        """Candidates of prompts (n, 2) in a crop's pixels, and where any of them is confident."""
-        x0, y0, x1, y1 = crop
-        found, covered = Candidates(), np.zeros((y1 - y0, x1 - x0), np.bool_)
+        covered: NDArray[np.bool_] | None = None,
+        prune: bool = False,
+    ) -> Candidates:
+        """Candidates of prompts (n, 2) in a crop's pixels.
+
+        Args:
+            points: the prompts.
+            crop: see there.
+            original: height and width of the picture.
+            planned: prompts, for `progress`.
+            covered: bool (height, width) of the crop; where a mask is confident becomes true.
+            prune: leave out what is covered when its turn comes.
+        """
+        x0, y0 = crop[:2]
+        found = Candidates()
         for start in range(0, len(points), self.options.points_per_batch):
             batch = points[start : start + self.options.points_per_batch]
+            if prune and covered is not None:
+                planned -= len(batch)
+                batch = uncovered(batch, covered)
+                planned += len(batch)
             for row, iou, logits in self._decoded(batch):
                 stability = stability_scores(logits, 0.0, self.options.stability_score_offset)
                 stable = stability >= self.options.stability_score_thresh
                 masks = (logits > 0)[stable].cpu().numpy()
                 boxes = mask_boxes(masks) + np.array([x0, y0, x0, y0])
                 inside = ~near_edge(boxes, crop, [0, 0, original[1], original[0]])
-                if confident:
+                if covered is not None:
                     sure = (logits > self.options.high_score_thresh)[stable].cpu().numpy()
                     covered |= sure[inside].any(axis=0)
                 prompts = batch[row.numpy()][stable.cpu().numpy()] + [x0, y0]
@@ -256,7 +289,7 @@ class MaskGenerator:
                     found.crops.append(crop)
             self.prompts += len(batch)
             self._progress(self.prompts, planned)
-        return found, covered
+        return found
 
     def _decoded(self, points: NDArray[np.float64]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Of a batch of prompts, the masks of a high predicted IoU, a few at a time: row of the prompt (k,),
@@ -324,7 +357,7 @@ def fine_points(
     coarse: NDArray[np.float64],
     covered: NDArray[np.bool_],
     points_per_side: int,
-    grid: Literal["offset", "regular"] = "offset",
+    grid: FineGrid = "offset",
 ) -> NDArray[np.float64]:
     """The prompts of the second round (n, 2), in pixels: around the coarse ones where nothing is covered yet.
 
@@ -350,8 +383,13 @@ def fine_points(
     else:
         candidates = np.array([point for x, y in coarse for point in _around(x, y, dx, dy, width, height)])
         candidates = candidates.reshape(-1, 2)
-    places = np.floor(candidates).astype(int)
-    return candidates[~covered[places[:, 1], places[:, 0]]]
+    return uncovered(candidates, covered)
+
+
+def uncovered(points: NDArray[np.float64], covered: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Those of the points (n, 2), in pixels, that lie where bool (height, width) is false."""
+    places = np.floor(points).astype(int)
+    return points[~covered[places[:, 1], places[:, 0]]]
 
 
 def _around(x: float, y: float, dx: int, dy: int, width: int, height: int) -> list[tuple[float, float]]:

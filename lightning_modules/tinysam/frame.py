@@ -32,4 +32,9 @@ def framed(images: Tensor, picture: Tensor, mean: Tensor, std: Tensor) -> Tensor
         mean: (1, 3, 1, 1).
         std: likewise.
     """
-    return normalized(images, mean, std) * picture[:, None].to(images.dtype)
+    return without_padding(normalized(images, mean, std), picture)
+
+
+def without_padding(images: Tensor, picture: Tensor) -> Tensor:
+    """Normalised images, exactly 0 outside of the pictures; see `framed`."""
+    return images * picture[:, None].to(images.dtype)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_modules.base import Method, Terms
 from lightning_modules.parts.inference import InferencePart, InferenceSpec
 from lightning_modules.parts.normalize import normalized, register_normalization
+from lightning_modules.parts.options import check_range
 from lightning_modules.parts.reproducibility import derived_seed, run_seed
 from lightning_modules.tinysam.calibration import KINDS, CalibrationPass
 from lightning_modules.tinysam.deploy import decoder_part
@@ -39,10 +40,8 @@ class HardPrompts:
     box_prob: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rounds < 0:
-            raise ValueError(f"prompts.rounds: at least 0, not {self.rounds}.")
-        if not 0 <= self.box_prob <= 1:
-            raise ValueError(f"prompts.box_prob is in [0, 1], not {self.box_prob}.")
+        check_range("prompts.rounds", self.rounds, "[0, inf)")
+        check_range("prompts.box_prob", self.box_prob, "[0, 1]")
 
 
 class TinySAMModule(CalibrationPass, Method):

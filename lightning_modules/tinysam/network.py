@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_modules.parts.weights import load_state, read_checkpoint, state_dict_of
-from lightning_modules.tinysam.frame import inside
+from lightning_modules.tinysam.frame import inside, without_padding
 from lightning_modules.tinysam.tiny_vit import STRIDE, LayerNorm2d, TinyViT
 
 
@@ -272,7 +272,7 @@ class SAM(nn.Module):
             size: (batch, 2), height and width of the pictures in them; the rest becomes 0. None: all of it.
         """
         if size is not None:
-            images = images * inside(size, images.shape[-1])[:, None].to(images.dtype)
+            images = without_padding(images, inside(size, images.shape[-1]))
         return self.image_encoder(images)
 
 

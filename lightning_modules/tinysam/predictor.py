@@ -164,24 +164,24 @@ class Predictor:
             return None
         if points is None or labels is None:
             raise ValueError("points and labels come together: 1 for the object, 0 for what is beside it.")
-        coords = torch.as_tensor(np.asarray(points, np.float64))
-        kinds = torch.as_tensor(np.asarray(labels))
+        coords = _numbers(points, "points are (k, 2) as x, y")
+        kinds = _numbers(labels, "labels of points are 1, 0 or -1")
         if coords.ndim != 2 or coords.shape[1] != 2 or kinds.shape != coords.shape[:1] or not len(coords):
             raise ValueError(
                 f"points are (k, 2) with labels (k,), not {tuple(coords.shape)} with {tuple(kinds.shape)}."
             )
         wrong = [value for value in kinds.tolist() if value not in (-1, 0, 1)]
         if wrong:
-            raise ValueError(f"labels of points are 1, 0 or -1, not {wrong[0]}.")
+            raise ValueError(f"labels of points are 1, 0 or -1, not {wrong[0]:g}.")
         self._inside(coords[kinds >= 0], "a point")
-        return self.transformed(coords)[None].to(self.device), kinds[None].to(self.device)
+        return self.transformed(coords)[None].to(self.device), kinds[None].long().to(self.device)
 
     def _box(self, box: Any) -> Tensor | None:
         if box is None:
             return None
-        corners = torch.as_tensor(np.asarray(box, np.float64))
+        corners = _numbers(box, "a box is x0, y0, x1, y1")
         if corners.shape != (4,):
-            raise ValueError(f"a box is x0, y0, x1, y1, not {tuple(corners.shape)} numbers.")
+            raise ValueError(f"a box is x0, y0, x1, y1, not {box}.")
         if corners[2] < corners[0] or corners[3] < corners[1]:
             raise ValueError(f"a box has x0 <= x1 and y0 <= y1, not {corners.tolist()}.")
         self._inside(corners.view(2, 2), "a corner of a box")
@@ -206,3 +206,15 @@ class Predictor:
             raise ValueError(
                 f"{what} at ({x:g}, {y:g}) is outside of the picture of {width} x {height} pixels."
             )
+
+
+def _numbers(values: Any, expected: str) -> Tensor:
+    """Values as float64.
+
+    Raises:
+        ValueError: they are no numbers, or rows of different lengths.
+    """
+    try:
+        return torch.as_tensor(np.asarray(values, np.float64))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{expected}, not {values}.") from error

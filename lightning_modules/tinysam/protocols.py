@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_modules.parts.options import check_range
 from lightning_modules.tinysam.evaluation import (
     MaskEvaluation,
     MeanOverMasks,
@@ -42,10 +43,8 @@ class Protocol:
     everything: Everything = field(default_factory=Everything)
 
     def __post_init__(self) -> None:
-        if self.clicks < 1 or self.batch < 1:
-            raise ValueError(
-                f"protocol: clicks and batch are at least 1, not {self.clicks} and {self.batch}."
-            )
+        check_range("protocol.clicks", self.clicks, "[1, inf)")
+        check_range("protocol.batch", self.batch, "[1, inf)")
 
 
 class View:

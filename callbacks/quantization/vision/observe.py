@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from callbacks.quantization.vision.products import MATMULS, SDPA, SOFTMAXES
+from callbacks.quantization.vision.products import MATMULS, SDPA, SOFTMAXES, CallMode
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 """Types of layers that can be quantized, and their subclasses that compute the same with `weight`."""
@@ -39,7 +38,7 @@ class Observation:
     skipped: list[str] = field(default_factory=list)
 
 
-class Observer(TorchFunctionMode):
+class Observer(CallMode):
     """Watches forward passes while it is entered.
 
     Args:
@@ -50,6 +49,7 @@ class Observer(TorchFunctionMode):
         super().__init__()
         self.seen = Observation()
         self._stack: list[str] = []
+        self._counts: dict[str, int] = defaultdict(int)
         self._kept: list[Any] = []  # tensors stay alive, so that their ids are theirs alone
         self._gelu: set[int] = set()
         self._softmax: dict[int, tuple[str, int]] = {}
@@ -65,6 +65,7 @@ class Observer(TorchFunctionMode):
     def _enters(self, name: str, module: nn.Module) -> Callable[..., None]:
         def enter(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             self._stack.append(name)
+            self._counts[name] = 0
             if isinstance(module, nn.MultiheadAttention):
                 self.seen.skipped.append(name)
             first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
@@ -92,15 +93,8 @@ class Observer(TorchFunctionMode):
 
         return leave
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The call, and what it says."""
-        kwargs = kwargs or {}
         output = func(*args, **kwargs)
         self._count_readers(args, kwargs)
         if isinstance(output, Tensor):
@@ -117,16 +111,18 @@ class Observer(TorchFunctionMode):
     def _tag(self, func: Callable[..., Any], first: Tensor | None, output: Tensor) -> None:
         where = self._stack[-1] if self._stack else ""
         if func is SDPA:
-            self.seen.products[where] += ["logits", "values"]
+            for kind in ("logits", "values"):
+                self._product(where, kind)
             return
         source = id(first)
         if func in MATMULS:
-            self.seen.products[where].append(None)
             if source in self._softmax:
                 owner, number = self._softmax[source]
                 self.seen.products[owner][number] = "logits"
-                self.seen.products[where][-1] = "values"
-            self._logits[id(output)] = (where, len(self.seen.products[where]) - 1)
+                number = self._product(where, "values")
+            else:
+                number = self._product(where)
+            self._logits[id(output)] = (where, number)
         elif func is F.gelu:
             self._gelu.add(id(output))
         elif first is None or func in _MIXING or output.numel() != first.numel():
@@ -140,6 +136,16 @@ class Observer(TorchFunctionMode):
                     tags[id(output)] = tags[source]
             if source in self._gelu and func in _UNCHANGED:
                 self._gelu.add(id(output))
+
+    def _product(self, where: str, kind: str | None = None) -> int:
+        """The number of a product in this call of its module; every call of a module has the same ones."""
+        number, kinds = self._counts[where], self.seen.products[where]
+        self._counts[where] += 1
+        if number == len(kinds):
+            kinds.append(kind)
+        elif kind is not None:
+            kinds[number] = kind
+        return number
 
     def finish(self) -> Observation:
         """Take the hooks off, and say what was seen."""

@@ -47,7 +47,25 @@ class Product(nn.Module):
         return self.left(a) @ b
 
 
-class ProductMode(TorchFunctionMode):
+class CallMode(TorchFunctionMode):
+    """Gets every call of torch's functions while it is entered."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """What `call` makes of it."""
+        return self.call(func, args, kwargs or {})
+
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Answer a call in the place of `func`."""
+        raise NotImplementedError
+
+
+class ProductMode(CallMode):
     """Sends the matrix products of one module's forward pass through its list, in the order of the calls.
 
     Args:
@@ -69,15 +87,8 @@ class ProductMode(TorchFunctionMode):
         self._running.pop()
         super().__exit__(*exception)
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The call, by way of its product if it has one."""
-        kwargs = kwargs or {}
         if self._running[-1] is not self or (func is not SDPA and func not in MATMULS):
             return func(*args, **kwargs)
         if func is SDPA:

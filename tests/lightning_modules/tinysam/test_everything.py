@@ -149,13 +149,27 @@ def test_discs_are_found_with_fewer_prompts(rounds):
         assert ours[3] == theirs[3]
 
 
+def test_what_the_second_round_finds_may_leave_out_its_points():
+    """Two discs between the points of the first round: each is found once, by fewer prompts."""
+    image, told, found = np.zeros((64, 64, 3), np.uint8), [], {}
+    for prune in ("first", "running"):
+        options = Everything(points_per_side=16, points_per_batch=8, prune=prune, stability_score_thresh=0.7)
+        generator = Analytic([(16, 16, 8), (48, 32, 7)], options)
+        records = generator.generate(image, lambda *numbers: told.append(numbers))
+        found[prune] = generator.prompts, sorted(record["area"] for record in records)
+        assert told[-1] == (generator.prompts, generator.prompts)
+    assert found["running"][1] == found["first"][1]
+    assert found["running"][0] <= found["first"][0] - 10
+    assert len(found["first"][1]) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"points_per_side": 0}, "points_per_side: at least 1"),
+        ({"points_per_side": 0}, "points_per_side=0: it must be at least 1"),
         ({"crop_n_layers": 1}, "crops go with the full grid"),
-        ({"coarse_points_per_side": 40}, "coarse_points_per_side: between 1 and"),
-        ({"rounds": 1, "crop_n_layers": -1}, "0 or more"),
+        ({"coarse_points_per_side": 40}, r"coarse_points_per_side=40: it must be in \[1, 32\]"),
+        ({"rounds": 1, "crop_n_layers": -1}, "crop_n_layers=-1: it must be at least 0"),
     ],
 )
 def test_options_that_make_no_sense(options, said):

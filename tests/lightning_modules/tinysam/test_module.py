@@ -107,9 +107,9 @@ def test_the_padding_is_zero_behind_the_normalisation(student):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: HardPrompts(rounds=-1), r"prompts\.rounds: at least 0"),
-        (lambda: HardPrompts(box_prob=1.5), r"prompts\.box_prob is in \[0, 1\]"),
-        (lambda: Protocol(clicks=0), "clicks and batch are at least 1"),
+        (lambda: HardPrompts(rounds=-1), r"prompts\.rounds=-1: it must be at least 0"),
+        (lambda: HardPrompts(box_prob=1.5), r"prompts\.box_prob=1.5: it must be in \[0, 1\]"),
+        (lambda: Protocol(clicks=0), r"protocol\.clicks=0: it must be at least 1"),
     ],
 )
 def test_options(make, message):

@@ -177,7 +177,12 @@ def test_a_released_file_loads_and_another_is_refused(tmp_path):
         ({"points": [[5, 5]], "labels": [2]}, "labels of points are 1, 0 or -1, not 2"),
         ({"points": [[91, 5]], "labels": [1]}, r"a point at \(91, 5\) is outside of the picture of 90 x 60"),
         ({"points": [[float("nan"), 5]], "labels": [1]}, "outside of the picture"),
-        ({"box": [1, 2, 3]}, "a box is x0, y0, x1, y1"),
+        ({"box": [1, 2, 3]}, r"a box is x0, y0, x1, y1, not \[1, 2, 3\]"),
+        ({"box": [1, "x", 3, 4]}, r"a box is x0, y0, x1, y1, not \[1, 'x', 3, 4\]"),
+        (
+            {"points": [[5, 5], [6]], "labels": [1, 1]},
+            r"points are \(k, 2\) as x, y, not \[\[5, 5\], \[6\]\]",
+        ),
         ({"box": [9, 2, 3, 4]}, "x0 <= x1"),
         ({"box": [0, 0, 3, 61]}, r"corner of a box at \(3, 61\) is outside"),
         ({"mask": np.zeros((1, 3, 3))}, r"logits of \(1, 16, 16\), not \(1, 3, 3\)"),

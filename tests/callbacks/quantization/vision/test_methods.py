@@ -1,8 +1,11 @@
 """HessianPTQ on real methods: convolutions, detectors, segmenters, pruned networks, two processes."""
 
+import copy
+
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import nn
 
 from callbacks import HessianPTQ, TokenPruningPooling
 from callbacks.quantization.vision.layers import QuantizedLayer
@@ -10,11 +13,12 @@ from callbacks.quantization.vision.products import ProductMode
 from datamodules import CocoDataModule, SA1BDataModule
 from datamodules.coco import DecoTransforms
 from datamodules.samples.sa1b import write_sa1b
-from lightning_modules import DecoDetector, ImageClassifier, TinySAMModule
+from lightning_modules import DecoDetector, GenDet, ImageClassifier, TinySAMModule
 from lightning_modules.deco import Deco
 from lightning_modules.tinysam import Protocol
-from lightning_modules.tinysam.calibration import calibration_points
+from lightning_modules.tinysam.calibration import calibration_boxes, calibration_clicks, calibration_points
 from tests.conftest import BlobData
+from tests.lightning_modules.gendet.conftest import Stub, ToyData
 from tests.lightning_modules.tinysam.tiny import tiny_sam
 
 SMALL = {"calibration_images": 2, "candidates": 6, "rounds": 1}
@@ -107,6 +111,7 @@ def test_encoder_and_decoder_of_a_segmenter(tmp_path, scenes):
         "mask_decoder.iou_prediction_head.layers.2",
     ):
         assert part in names
+    assert not [name for name in names if name.endswith("products.2")], "each call of a module has its own"
     attention = "image_encoder.layers.1.blocks.0.attn."
     order = [names.index(attention + part) for part in ("qkv", "products.0", "products.1", "proj")]
     assert order == sorted(order), "not in the order of the computation"
@@ -122,6 +127,73 @@ def test_calibration_points_lie_on_masks(scenes):
         row, column = (int((value + 0.5) * scale) for value in (y, x))
         assert any(bool(mask[row, column]) for mask in batch["truth"][place])
     assert torch.equal(points, calibration_points(batch, 5)[0])
+
+
+def test_calibration_prompts_of_all_kinds():
+    """A click beside a mask, and boxes around it: in the frame's pixels, as a person would give them."""
+    batch = {"size": torch.tensor([[32, 64]]), "orig_size": torch.tensor([[16, 32]])}
+    mask = torch.zeros(16, 32, dtype=torch.bool)
+    mask[4:8, 10:20] = True
+    batch["truth"] = [mask[None]]
+    clicks, owner = calibration_clicks(batch, 6)
+    assert owner.tolist() == [0] * 6
+    cells = ((clicks + 0.5) / 2 - 0.5).long()  # x, y
+    assert [[bool(mask[y, x]) for x, y in prompt] for prompt in cells.tolist()] == [[True, False, True]] * 6
+    boxes, _ = calibration_boxes(batch, 2)
+    assert boxes.tolist() == [[19.5, 7.5, 39.5, 15.5]] * 2
+    batch["truth"] = [torch.zeros(0, 16, 32)]
+    anywhere = calibration_boxes(batch, 9)[0]
+    assert (anywhere[:, :2] < anywhere[:, 2:]).all()
+    assert (anywhere >= -1).all()
+    assert (anywhere <= torch.tensor([64, 32, 64, 32])).all()
+
+
+def test_a_detector_of_generated_images_on_cached_features(tmp_path):
+    """Each of its logits is a yes or no of its own, not a class among those of the batch."""
+
+    def make():
+        torch.manual_seed(0)
+        module = GenDet(Stub(48), dim=16, heads=2)
+        module.stage_steps.fill_(1)
+        return module
+
+    assert make().inference.kinds == {"logits": "bernoulli"}
+    callback = same_from_steps(tmp_path, make, lambda: ToyData(count=8))
+    assert callback.report["full_precision"] == []
+    assert {"embed", "teacher.attn.qkv", "student.mlp.fc2", "classifier.fc"} <= set(callback.units)
+
+
+class Encoder(nn.Module):
+    """A layer of torch's own transformer over patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 8, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.layer(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_torchs_own_attention_stays_in_full_precision_and_what_is_around_it_does_not(tmp_path):
+    module = resnet()
+    module.network = Encoder()
+    full = copy.deepcopy(module).eval()
+    callback = HessianPTQ(**{**SMALL, "bits": 4, "activation_bits": 4})
+    with pytest.warns(UserWarning, match="projections of nn.MultiheadAttention stay .* in layer.self_attn"):
+        run(tmp_path, callback).test(module, datamodule=Calibrating(length=8), verbose=False)
+    assert list(callback.units) == ["patches", "layer.linear1", "layer.linear2", "head"]
+    assert callback.report["full_precision"] == ["layer.self_attn"]
+    for name, value in full.network.layer.self_attn.state_dict().items():
+        assert torch.equal(value, module.network.layer.self_attn.state_dict()[name])
+    seen = []
+    module.network.layer.linear1.input_operand.register_forward_hook(lambda *_: seen.append(True))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():  # where torch would fuse the layer
+        difference = (module.eval()(images) - full(images)).abs().max()
+    assert seen
+    assert 0 < difference < 1
 
 
 def test_attention_of_a_network_that_removes_tokens(tmp_path):
