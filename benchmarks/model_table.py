@@ -106,6 +106,8 @@ def _tiny_options(default: Any) -> dict[str, Any]:
         for name, value in options.items()
         if attributes.get(name, name) not in options or name not in attributes
     }
+    if "kv_lora_rank" in options:  # latent attention has as many key heads
+        options["num_key_value_heads"] = options["num_attention_heads"]
     types = getattr(default, "layer_types", None)
     if isinstance(types, (list, tuple)) and types:
         kinds = list(dict.fromkeys(types))

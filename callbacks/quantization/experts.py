@@ -116,7 +116,8 @@ class _Routed(nn.Module):
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """As before; expert by expert where a layer of theirs does more than multiply."""
-        original = type(self).__mro__[2].forward
+        kind: Any = type(self).__mro__[2]
+        original = kind.forward
         routes = {
             key: layer
             for name, _ in _fused(self)
@@ -178,7 +179,9 @@ class _Redirection(TorchFunctionMode):
         for name, parameter in self.fused.items():
             if weight.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
                 continue
-            index, rest = divmod(weight.storage_offset() - parameter.storage_offset(), parameter.stride(0))
+            index, rest = divmod(
+                int(weight.storage_offset()) - int(parameter.storage_offset()), parameter.stride(0)
+            )
             expert = Expert(self.owner, name, index, _is_transposed(self.owner, name, parameter.shape))
             matrix = expert.weight if rows_are_outputs else expert.weight.T
             if rest or (weight.shape, weight.stride()) != (matrix.shape, matrix.stride()):
