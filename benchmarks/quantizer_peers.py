@@ -62,6 +62,7 @@ def quantize_with_auto_round(network: nn.Module, tokens: np.ndarray, options: An
         seqlen=tokens.shape[1],
         dataset=list(torch.from_numpy(tokens).split(1)),
         device_map="cpu",
+        amp=options.bf16,
         seed=options.seed,
     ).quantize()
 
