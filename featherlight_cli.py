@@ -43,6 +43,7 @@ from callbacks.run.results import Results
 from callbacks.run.resuming import ExactResume
 from callbacks.run.summary import RunSummary
 from callbacks.writers.base import PredictionWriter
+from datamodules.reading import DataError
 from featherlight_errors import USER_ERRORS, guarded, sentence_of
 from featherlight_options import OptionParser, arranged, check_files, check_sections, place_loggers, recipe_of
 from featherlight_recipes import configs
@@ -130,8 +131,11 @@ class FeatherlightCLI(LightningCLI):
         if options.num_classes is None and config.data is not None:
             data = self._parser(self.subcommand).instantiate_classes(Namespace(data=config.data)).data
             named = optional(data, HasNumClasses)
-            with contextlib.suppress(MisconfigurationException):  # they cannot say before they are read
+            try:
                 options.num_classes = None if named is None else named.num_classes
+            except MisconfigurationException as error:  # they cannot say before they are read
+                if isinstance(error, DataError):  # or there is nothing to read
+                    raise
 
     def instantiate_classes(self) -> None:
         """Build everything; what a constructor objects to is reported in its own words."""

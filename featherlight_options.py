@@ -36,6 +36,15 @@ _OF_A_CALLABLE = re.compile(
     r"Got value: Namespace\(class_path='([\w.]+)'.*"
 )
 
+_NO_CLASS = re.compile(
+    r"Expected a path but (\S+) either not accessible or invalid; "
+    r"Expected a dot import path string: \S+; got \1"
+)
+_NO_ATTRIBUTE = re.compile(
+    r"(?:Expected a path but .*?; )?Type \S+Callable\[.*?\] expects a function or a callable class: "
+    r"(module '([\w.]+)' has no attribute '(\w+)').*"
+)
+
 
 class OptionParser(LightningArgumentParser):
     """Reports a mistake in one sentence, without the list of all options."""
@@ -280,7 +289,9 @@ def shortened(message: str, options: Sequence[str] = ()) -> str:
     sentence = re.sub(r'Parser key "([^"]*)"', r"option '\1'", sentence)
     if given and "Namespace" not in given and not re.search("Got value|not accepted", sentence):
         sentence += f"; got {given[:LONGEST]}"
-    return sentence + _hint(sentence, options) + "."
+    hint = _hint(sentence, options)
+    sentence = _NO_CLASS.sub(r"there is neither a class nor a file '\1'", sentence)
+    return _NO_ATTRIBUTE.sub(r"\1", sentence) + hint + "."
 
 
 def _hint(sentence: str, options: Sequence[str]) -> str:
@@ -290,6 +301,8 @@ def _hint(sentence: str, options: Sequence[str]) -> str:
         return _near(found[2], _parameters(found[1]))
     if found := re.search(r"dot import path string: (\w+)", sentence):
         return _near(found[1], {*_class_names(), *(name for name, _ in entries("plugins"))})
+    if found := _NO_ATTRIBUTE.search(sentence):
+        return _near(found[3], vars(importlib.import_module(found[2])))
     if found := re.search(r"unrecognized arguments: (--[\w.+]+)", sentence):
         return _near(found[1].lstrip("-"), bare, "--")
     if found := re.search(r"does not accept option '([\w.]+)'", sentence):

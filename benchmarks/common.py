@@ -114,7 +114,9 @@ def status_mebibytes(key: str) -> float:
     return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1]) / 2**10
 
 
-def in_own_process(script: str, *arguments: object, own_pages: bool = False) -> str:
+def in_own_process(
+    script: str, *arguments: object, own_pages: bool = False, python: str = sys.executable
+) -> str:
     """The last line that a script prints when it runs in a process of its own.
 
     Args:
@@ -122,9 +124,10 @@ def in_own_process(script: str, *arguments: object, own_pages: bool = False) -> 
         arguments: of its command line.
         own_pages: every tensor gets pages of its own that go back when it is freed: peaks repeat, at the cost
             of time.
+        python: that runs it.
     """
     environment = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": "65536"} if own_pages else {})}
-    command = [sys.executable, script, *map(str, arguments)]
+    command = [python, script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return done.stdout.splitlines()[-1]
 

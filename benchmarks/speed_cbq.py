@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py cbq [--hidden 576] [--blocks 4] [--segments 16] [--length 256] [--epochs 1]
     python benchmarks/speed.py cbq --model SmolLM2-135M-Instruct.Q4_1.gguf --blocks 30
+    python benchmarks/speed.py cbq --peers --help       beside AutoRound and llm-compressor
 
 The straightforward implementation is what one writes first: a full rounding matrix for every weight of every
 block from the start, soft rounding spelled out in autograd, no caches (each step runs the embedding, the
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import quantizer_peers
 import torch
 from common import in_own_process, turns, write_numbers
 from torch import Tensor, nn
@@ -177,6 +179,9 @@ def report(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> int:
+    if "--peers" in sys.argv:
+        sys.argv.remove("--peers")
+        return quantizer_peers.main()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -4,8 +4,8 @@
 
 Each is measured against what a user would do instead, in turns, in this run. On a CPU (`--device`) the step
 of `matching` is timed with 8 pairs and multiplied, as towers cost the same for each pair, while the token
-loss is timed at 256. `--scale` divides the batches of `accumulation`, with small towers: ratios of a smaller
-problem, as it says.
+loss is timed at 256. `--scale` divides the batches of `accumulation` and the pairs of `solver`, and `--side`
+makes the pictures of `accumulation` smaller; below 224 pixels the text tower is small too.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from common import in_own_process, interleaved, peak_mebibytes, ratios, write_nu
 from PIL import Image
 
 from lightning_modules.lightclip import LightCLIP
-from lightning_modules.lightclip.assignment import assign
+from lightning_modules.lightclip.assignment import assign, assign_together
 from lightning_modules.lightclip.losses import token_loss
 from lightning_modules.lightclip.matching import token_scores
 
@@ -109,7 +109,7 @@ def matching(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def solver(options: argparse.Namespace) -> dict[str, Any]:
-    """Scipy's solver pair by pair over the batched one; 64 x 64 pairs, 49 patches, 30 words."""
+    """Scipy's solver pair by pair over the batched one, and over what is used; 49 patches, 30 words."""
     from scipy.optimize import linear_sum_assignment
 
     pairs = 64 * 64 if options.scale == 1 else 64 * 64 // options.scale
@@ -123,28 +123,32 @@ def solver(options: argparse.Namespace) -> dict[str, Any]:
         for matrix in cosine.cpu().numpy():
             linear_sum_assignment(matrix, maximize=True)
 
-    calls = {"scipy": one_by_one, "batched": lambda: assign(cosine, lengths)}
-    times = interleaved(calls, options.repeats, lambda: synchronised(options.device))
-    return ratio_of(
-        f"solver: scipy over batched, {pairs} pairs of 49 x 30", list(times["scipy"]), list(times["batched"])
-    )
+    calls = {"scipy": one_by_one, "batched": lambda: assign_together(cosine, lengths)}
+    calls["used"] = lambda: assign(cosine, lengths)
+    now = clock(options.device)
+    times = interleaved(calls, options.repeats, now)
+    problem = f"on {options.device}, {pairs} pairs of 49 x 30"
+    return {
+        way: ratio_of(f"solver: scipy over {said}, {problem}", list(times["scipy"]), list(times[way]))
+        for way, said in (("batched", "all at once"), ("used", "what this device uses"))
+    }
 
 
 def accumulated(options: argparse.Namespace) -> dict[str, Any]:
     """Time of a large batch in parts over the undivided one, and memory over that of a small batch."""
     count, small = max(32, 1024 // options.scale), max(4, 128 // options.scale)
-    side, length = (224, 77) if options.scale == 1 else (64, 24)
+    side, length = options.side, 77 if options.side == 224 else 24
     whole = build(options.device, side, length)
     parts = build(options.device, side, length, micro_batch=small)
     given = batch(count, side, length, options.device)
     calls = {"whole": lambda: step(whole, given), "parts": lambda: step(parts, given)}
     times = interleaved(calls, options.repeats, clock(options.device))
-    name = f"accumulation: {count} by {small} over undivided, time"
+    name = f"accumulation: {count} by {small} over undivided, {side} pixels, time"
     found = ratio_of(name, list(times["parts"]), list(times["whole"]))
     memory = {}
     for kind in ("parts", "small"):
         line = ["--memory-of", kind, "--device", options.device, "--scale", options.scale]
-        memory[kind] = float(in_own_process(__file__, *line))
+        memory[kind] = float(in_own_process(__file__, *line, "--side", options.side, own_pages=True))
     ratio = memory["parts"] / memory["small"]
     print(
         f"accumulation: {count} by {small} over a batch of {small}, peak memory: {ratio:.2f} ({memory})",
@@ -156,7 +160,7 @@ def accumulated(options: argparse.Namespace) -> dict[str, Any]:
 def peak(options: argparse.Namespace) -> float:
     """Peak of two steps, MiB: allocated on the device, or resident beyond what building takes."""
     count, small = max(32, 1024 // options.scale), max(4, 128 // options.scale)
-    side, length = (224, 77) if options.scale == 1 else (64, 24)
+    side, length = options.side, 77 if options.side == 224 else 24
     module = build(options.device, side, length, micro_batch=small if options.memory_of == "parts" else None)
     given = batch(count if options.memory_of == "parts" else small, side, length, options.device)
     if options.device == "gpu":
@@ -230,7 +234,8 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--what", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
-    parser.add_argument("--scale", type=int, default=1, help="divides batches; beyond 1 also small towers")
+    parser.add_argument("--scale", type=int, default=1, help="divides batches")
+    parser.add_argument("--side", type=int, default=224, help="pixels, of accumulation's pictures")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--memory-of", choices=["parts", "small"], help=argparse.SUPPRESS)

@@ -2,6 +2,7 @@
 
 from callbacks.deploy.clip import CLIPExport
 from callbacks.deploy.onnx import ONNXExport
+from callbacks.deploy.runtime import RuntimeTest
 from callbacks.distillation import (
     BKD,
     CC,
@@ -94,6 +95,7 @@ __all__ = [
     "RigL",
     "RunCheckpoint",
     "RunLock",
+    "RuntimeTest",
     "SAMTeacher",
     "ScoreWriter",
     "StageLogger",

@@ -114,10 +114,12 @@ class CIFAR100DataModule(VisionDataModule):
         name: which of the two.
         val_fraction: part of the training images that is kept for validation, the same ones for a seed; 0:
             validate on the test images.
+        train_images: how many of the other training images are trained on, the same ones for a seed; null:
+            all.
         options: of ``VisionDataModule``.
 
     Raises:
-        ValueError: for a ``val_fraction`` outside [0, 1).
+        ValueError: for a ``val_fraction`` outside [0, 1), or ``train_images`` below 1.
         DataError: in ``setup``, for a file with a wrong checksum or other content than published.
         pickle.UnpicklingError: in ``setup``, for a pickle that holds more than data.
     """
@@ -127,13 +129,21 @@ class CIFAR100DataModule(VisionDataModule):
     )
 
     def __init__(
-        self, *, name: Literal["cifar100", "cifar10"] = "cifar100", val_fraction: float = 0.0, **options: Any
+        self,
+        *,
+        name: Literal["cifar100", "cifar10"] = "cifar100",
+        val_fraction: float = 0.0,
+        train_images: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}.")
+        if train_images is not None and train_images < 1:
+            raise ValueError(f"train_images must be at least 1, got {train_images}.")
         self.name: Literal["cifar100", "cifar10"] = name
         self.val_fraction = val_fraction
+        self.train_images = train_images
         self._class_names: list[str] | None = None
 
     @property
@@ -205,10 +215,18 @@ class CIFAR100DataModule(VisionDataModule):
                     f"val_fraction: {self.val_fraction} of {len(images)} training images in {self.folder} "
                     "leaves none to train or to validate on."
                 )
-            self.datasets["train"] = PixelDataset(images, labels, np.sort(order[held_out:]))
+            kept = order[held_out:]
+            if self.train_images is not None:
+                if self.train_images > len(kept):
+                    raise DataError(
+                        f"train_images: {self.train_images} are wanted, and {self.folder} has {len(kept)} "
+                        "to train on."
+                    )
+                kept = kept[: self.train_images]
+            self.datasets["train"] = PixelDataset(images, labels, np.sort(kept))
             self.datasets["val"] = PixelDataset(images, labels, np.sort(order[:held_out]))
-            self._say("train", len(images) - held_out)
-            self.announce_classes(labels[order[held_out:]].tolist())
+            self._say("train", len(kept))
+            self.announce_classes(labels[kept].tolist())
             if held_out:
                 self._say("val", held_out)
         if "test" not in self.datasets:

@@ -7,6 +7,7 @@ become 8-bit RGB.
 import glob
 import logging
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -251,7 +252,8 @@ def read_image(path: Path | str | BinaryIO, name: str | None = None) -> Image.Im
     except _UnknownRange as error:
         raise CorruptSampleError(f"cannot read the image {name or path} ({error})") from None
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        said = re.sub(r" <_io\.\w+ object at \w+>", "", str(error))  # no address in memory
+        reason = " ".join(f"{type(error).__name__}: {said}".split())
         raise CorruptSampleError(f"cannot read the image {name or path} ({reason})") from error
 
 

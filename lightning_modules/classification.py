@@ -71,6 +71,10 @@ class ImageClassifier(Method):
         super().__init__(**kwargs)
         if num_classes is None:
             raise MisconfigurationException("model.init_args.num_classes: expected the number of classes.")
+        if num_classes < 2:
+            raise MisconfigurationException(
+                f"model.init_args.num_classes: {num_classes}; two classes or more are needed."
+            )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.hparams["num_classes"] = (
             num_classes  # the command may have filled it in since it noted the options

@@ -1,5 +1,6 @@
 """CausalLanguageModel: any causal language model of transformers, to train, to measure, or to compress."""
 
+import inspect
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from lightning_modules.base import Method, Terms
 from lightning_modules.parts.contracts import HasSequenceLength, datamodule_of, optional
 from lightning_modules.parts.frozen import evaluating
 from lightning_modules.parts.inference import InferenceSpec
+from lightning_modules.parts.pretrained import check_loaded, declare_bits
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
@@ -74,18 +76,68 @@ def load_language_model(model: str, dtype: Dtype = "float32") -> nn.Module:
 
     kind, file = "auto" if dtype == "auto" else getattr(torch, dtype), _gguf(model)
     try:
-        network = AutoModelForCausalLM.from_pretrained(
-            _place(model), **file, dtype=kind, trust_remote_code=False
+        compressed = _compression(model)
+        options = {"quantization_config": _dequantizing(compressed)} if compressed else {}
+        network, info = AutoModelForCausalLM.from_pretrained(
+            _place(model), **file, **options, dtype=kind, trust_remote_code=False, output_loading_info=True
         )
+    except MisconfigurationException:
+        raise
     except Exception as error:  # config, weights and libraries each fail in their own way
         raise _refusal("model", model, error) from error
+    check_loaded(network, model, info)
     refuse_if_not_causal(network, model)
-    if file:
+    if compressed:
+        declare_bits(network, compressed, _packed_names(model))
+    if file or compressed:
         # these are plain weights now; transformers would refuse to save what calls itself quantized
         if hasattr(network.config, "quantization_config"):
             del network.config.quantization_config
         network.hf_quantizer = None  # type: ignore[assignment]
     return network
+
+
+def _compression(model: str) -> dict[str, Any] | None:
+    """`quantization_config` of a compressed-tensors model; None where the weights are plain.
+
+    Raises:
+        MisconfigurationException: the model is quantized in another format.
+    """
+    from transformers import AutoConfig
+
+    if model.endswith(".gguf"):
+        return None
+    config: Any = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    found = found if isinstance(found, dict) else found.to_dict()
+    if found.get("quant_method") != "compressed-tensors":
+        raise MisconfigurationException(
+            f"model '{model}' is quantized already ({found.get('quant_method')}): only compressed-tensors "
+            "folders and .gguf files are dequantized. Take the model that it was made of."
+        )
+    return found
+
+
+def _dequantizing(config: dict[str, Any]) -> Any:
+    from transformers import CompressedTensorsConfig
+
+    if "dequantize" in inspect.signature(CompressedTensorsConfig).parameters:
+        return CompressedTensorsConfig(dequantize=True)
+    return CompressedTensorsConfig(run_compressed=False)
+
+
+def _packed_names(model: str) -> list[str]:
+    """Names of the layers that have integers in a folder's files."""
+    from safetensors import safe_open
+
+    names: list[str] = []
+    for file in sorted(Path(model).glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            keys = [key for key in weights.keys() if key.endswith(".weight_scale")]  # noqa: SIM118
+        names += [key.removesuffix(".weight_scale") for key in keys]
+    return names
 
 
 def load_tokenizer(tokenizer: str) -> Any:
@@ -162,6 +214,55 @@ def check_ids(ids: Tensor, network: nn.Module, tokenizer: str) -> None:
             f"The data has token id {int(outside[0])}, but the model's vocabulary has {size} tokens, 0 to "
             f"{size - 1}: the data is of another tokenizer, or '{tokenizer}' is not the model's."
         )
+
+
+def overflow(block: int, what: str = "hidden states") -> MisconfigurationException:
+    """The error of a model whose numbers are too large for its type.
+
+    Args:
+        block: where they first are.
+        what: overflows there.
+    """
+    return MisconfigurationException(
+        f"{what} of block {block} are not finite in float16: use bfloat16 or float32 "
+        "(model.init_args.dtype, trainer.precision)."
+    )
+
+
+@torch.no_grad()
+def refuse_overflow(network: nn.Module, ids: Tensor, nll: Tensor) -> None:
+    """Name the block in which a float16 model overflows.
+
+    Args:
+        network: the model.
+        ids: (batch, length), what it was given.
+        nll: what came out.
+
+    Raises:
+        MisconfigurationException: `nll` is not a number, and the weights or the products are in float16.
+    """
+    if not bool(nll.isnan().any()):
+        return
+    lists = [part for part in network.modules() if isinstance(part, nn.ModuleList) and len(part)]
+    overflown: list[int] = []
+
+    def look(number: int, output: Any) -> None:
+        hidden = output[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(hidden, Tensor) and hidden.dtype == torch.float16 and not bool(hidden.isfinite().all()):
+            overflown.append(number)
+
+    handles = [
+        block.register_forward_hook(lambda *given, number=number: look(number, given[2]))
+        for part in lists
+        for number, block in enumerate(part)
+    ]
+    try:
+        network(ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if overflown:
+        raise overflow(overflown[0])
 
 
 def _place(name: str) -> str:
@@ -282,6 +383,13 @@ class CausalLanguageModel(Method):
         self.load()
         return self.network.get_input_embeddings().num_embeddings  # type: ignore[operator]
 
+    @property
+    def start_token(self) -> int | None:
+        """The start token of a family that cannot read a text without it (Gemma); the data module asks."""
+        self.load()
+        config: Any = self.network.config
+        return self.tokenizer.bos_token_id if "gemma" in config.model_type else None
+
     def configure_model(self) -> None:
         """Load what is not loaded yet."""
         self.load()
@@ -324,6 +432,7 @@ class CausalLanguageModel(Method):
 
     def _evaluate(self, stage: str, batch: dict[str, Any]) -> Terms:
         nll = token_nll(self(batch["input_ids"]), batch["input_ids"])
+        refuse_overflow(self.network, batch["input_ids"], nll)
         for value in ("perplexity", "nll", "tokens"):
             metric = getattr(self, f"{stage}_{value}")
             metric.update(nll)

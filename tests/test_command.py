@@ -301,6 +301,9 @@ def test_a_wrong_option_of_an_optimiser_names_it_and_the_nearest(in_process, rec
     assert status == 2
     assert "torch.optim.SGD: Option 'momentumm' is not accepted (did you mean momentum?)." in printed
     assert "Namespace" not in printed
+    status, printed = in_process("fit", "--config", recipe, "--model.init_args.optimizer", "torch.optim.AdmW")
+    assert status == 2
+    assert "module 'torch.optim' has no attribute 'AdmW' (did you mean AdamW" in printed
 
 
 def test_best_is_what_the_runs_newest_checkpoint_remembers(in_process, recipe, tmp_path):

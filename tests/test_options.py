@@ -116,7 +116,10 @@ def said(capsys, *arguments):
     [
         (["--config", "{trainr: {max_epochs: 1}}"], "trainr.max_epochs"),
         (["--trainer.epochs", "1"], "did you mean --trainer.min_epochs or --trainer.max_epochs"),
-        (["--model", "ImageClasifier"], "did you mean ImageClassifier?"),
+        (
+            ["--model", "ImageClasifier"],
+            "there is neither a class nor a file 'ImageClasifier' (did you mean ImageClassifier?).",
+        ),
         (["--trainer.max_epochs", "many"], "option 'trainer.max_epochs': Expected a int; got many"),
         (["--config", "{checkpoint: null, model: ImageClassifier}"], ""),
     ],

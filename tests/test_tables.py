@@ -46,6 +46,17 @@ def test_a_row_a_run_with_what_matters_and_the_change(tmp_path):
     assert said == f"student against teacher: {gain}"
 
 
+def test_what_a_runtime_ran_is_compared_where_all_were_tested_in_one(tmp_path):
+    ran = {"bytes_on_disk": 500, "latency_seconds": 0.001}
+    first = report(tmp_path / "float", 0.25, onnxruntime={"bytes_on_disk": 1000, "latency_seconds": 0.002})
+    second = report(tmp_path / "int8", 0.5, onnxruntime=ran)
+    said = " ".join(render([first, second], width=80).partition("on Some CPU")[2].split())
+    gain = "top1 0.5 for 0.25 (+25 points), 0.5 times the size, 0.5 times the latency."
+    assert said == f"int8 against float: {gain}"
+    third = report(tmp_path / "torch", 0.5)
+    assert columns(read_runs([second, third]))["latency"] == "efficiency/latency_seconds"
+
+
 def test_seeds_of_one_run_are_a_mean_and_a_deviation(tmp_path):
     for seed, top1 in enumerate((0.1, 0.2, 0.3)):
         report(tmp_path / "kd" / f"seed_{seed}", top1)

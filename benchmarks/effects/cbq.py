@@ -45,6 +45,22 @@ LONG = {**BEST, "batch_size": 1}
 """With 64 segments: eight times the steps."""
 
 
+RECIPE = {
+    **BEST,
+    "rounding_form": "offset",
+    "optimizer": "sign_sgd",
+    "rate_decay": "linear",
+    "rates_per_window": True,
+    "lr_rounding": 1.0,
+    "lr_weight_step": 1.0,
+    "loss_kl": False,
+    "window": 1,
+    "overlap": 0,
+    "epochs": 6,
+}
+"""Of `configs/cbq`, with more passes over fewer segments: a rounding can travel half a step in any window."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One quantization to measure.
@@ -89,6 +105,8 @@ def sceptic() -> dict[str, Cell]:
         "rank 5, published rates": cell("cbq", lr_rounding=1e-4, lr_weight_step=1e-7),
         "full rounding": cell("cbq", rounding_rank="full"),
         "full rounding, not homologous (best)": best(),
+        "recipe (window 1, offsets and ranges, sign SGD)": cell("cbq", **RECIPE),
+        "recipe, 2 of 16 segments held out": cell("cbq", **{**RECIPE, "epochs": 7, "held_out": 0.125}),
         "best, without KL": best(loss_kl=False),
         "best, without L2": best(loss_l2=False),
         "best, without learned steps": best(learn_steps=False),
@@ -182,7 +200,7 @@ class TestBed:
 
     def __init__(self, model: str, text: Path, wikitext: Path | None) -> None:
         self.network = load_language_model(model).eval()
-        tokenizer = load_tokenizer(model)
+        tokenizer = self.tokenizer = load_tokenizer(model)
         self.state = {name: value.clone() for name, value in self.network.state_dict().items()}
 
         def encode(content: str) -> Tensor:

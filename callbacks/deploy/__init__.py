@@ -2,5 +2,6 @@
 
 from callbacks.deploy.clip import CLIPExport
 from callbacks.deploy.onnx import ONNXExport
+from callbacks.deploy.runtime import RuntimeTest
 
-__all__ = ["CLIPExport", "ONNXExport"]
+__all__ = ["CLIPExport", "ONNXExport", "RuntimeTest"]

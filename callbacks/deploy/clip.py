@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from callbacks.deploy.base import Exporter, on_the_cpu
-from callbacks.deploy.onnx import export_onnx
+from callbacks.deploy.onnx import PACKAGES, export_onnx
 from callbacks.run.directory import announce, replaced_atomically, run_directory
 from lightning_modules.lightclip import LightCLIP
 from lightning_modules.parts.inference import InferenceSpec
@@ -21,7 +21,7 @@ WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 class CLIPExport(Exporter):
     """Exports `LightCLIP` into the run directory, without what only training needs.
 
-    `image_tower.onnx` takes `images` float32 (batch, 3, side, side) in [0, 1], `text_tower.onnx` takes
+    `image_tower.onnx` takes `image` float32 (batch, 3, side, side) in [0, 1], `text_tower.onnx` takes
     `input_ids` int64 (batch, context_length); both give `features` of unit length for any batch, and are
     compared with torch in onnxruntime before they appear. The folder `open_clip` has the weights as
     safetensors and a JSON configuration: `open_clip.create_model("local-dir:RUN/open_clip")`.
@@ -46,10 +46,14 @@ class CLIPExport(Exporter):
         """Fail before the work.
 
         Raises:
-            MisconfigurationException: the module is another method.
+            MisconfigurationException: the module is another method, or the strategy shards it.
+            ModuleNotFoundError: a package of the extra is missing.
         """
         if not isinstance(pl_module, LightCLIP):
             raise MisconfigurationException(f"CLIPExport exports LightCLIP, not {type(pl_module).__name__}.")
+        if stage == self.when:
+            self._report = {}
+            self.check_ready(trainer, PACKAGES if self.onnx else ())
 
     def export(self, trainer: Trainer, module: LightningModule) -> None:
         """Write the folder, and the ONNX files where they are wanted."""
@@ -88,7 +92,7 @@ class Tower(nn.Module):
 def _example(module: LightCLIP, tower: str) -> dict[str, Tensor]:
     net, generator = module.network, torch.Generator().manual_seed(0)
     if tower == "image":
-        return {"images": torch.rand(3, 3, net.image_size, net.image_size, generator=generator)}
+        return {"image": torch.rand(3, 3, net.image_size, net.image_size, generator=generator)}
     ids = torch.randint(1, net.start, (3, net.context_length), generator=generator)
     ids[:, 0] = net.start
     for row in range(3):  # ends of their own

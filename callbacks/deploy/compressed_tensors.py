@@ -1,4 +1,4 @@
-"""A quantized model as a folder that other programs load: `dense`, or `compressed-tensors` (spec section
+"""A quantized model as a folder that other programs load: `dense`, `compressed-tensors` or `gptq` (spec section
 7).
 """
 
@@ -14,11 +14,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from callbacks.deploy.gptq import gptq_config, gptq_tensors
+from callbacks.deploy.saved_names import saved_names
+from callbacks.quantization.experts import Expert
 from callbacks.quantization.layers import QuantizedMatrix
 from callbacks.quantization.scheme import Scheme
 from callbacks.run.directory import replace_folder
 
-ExportFormat = Literal["dense", "compressed-tensors"]
+ExportFormat = Literal["dense", "compressed-tensors", "gptq"]
 
 
 def export_model(
@@ -36,7 +39,7 @@ def export_model(
         tokenizer: saved beside it; None for none.
         matrices: the integers of each quantized layer.
         form: `dense` keeps plain weights (activations are then not quantized by who loads it);
-            `compressed-tensors` keeps integers and steps.
+            `compressed-tensors` and `gptq` keep integers and steps.
 
     Returns:
         `path`, `format` and `bytes_on_disk` of all weight files.
@@ -44,16 +47,34 @@ def export_model(
     Raises:
         MisconfigurationException: the format cannot express what was done; says what can.
     """
-    if form == "compressed-tensors":
-        config = compression_config(network, matrices)  # refuses before anything is written
+    config = expressed(form, network, matrices)  # refuses before anything is written
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     _save_dense(partial, network, tokenizer)
     found = {"path": str(folder), "format": form}
-    if form == "compressed-tensors":
-        found["packing"] = _compress(partial, matrices, config)
+    if config is not None:
+        dtype = next(network.parameters()).dtype
+        _compress(partial, matrices, config, saved_names(network, matrices), dtype)
+        found["packing"] = str(config.get("format", config.get("checkpoint_format")))
     replace_folder(partial, folder)
     return found | {"bytes_on_disk": sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
+
+
+def expressed(
+    form: ExportFormat, network: nn.Module, matrices: Mapping[str, QuantizedMatrix]
+) -> dict[str, Any] | None:
+    """`quantization_config` of a format; None for plain weights.
+
+    Raises:
+        MisconfigurationException: the format cannot express what was done.
+    """
+    if form == "dense":
+        return None
+    if form == "compressed-tensors":
+        return compression_config(network, matrices)
+    config = gptq_config(network, matrices)
+    saved_names(network, matrices)
+    return config
 
 
 def _save_dense(folder: Path, network: nn.Module, tokenizer: Any) -> None:
@@ -78,6 +99,12 @@ def compression_config(network: nn.Module, matrices: Mapping[str, QuantizedMatri
     Raises:
         MisconfigurationException: a layer cannot be expressed, or the package that packs weights is missing.
     """
+    if any(isinstance(part, Expert) for part in network.modules()):
+        raise MisconfigurationException(
+            f"compressed-tensors cannot express {type(network).__name__}: it keeps its experts as 3-D "
+            "parameters, which no loader takes from that format. Export it as dense."
+        )
+    saved_names(network, matrices)
     groups: dict[Scheme, list[str]] = {}
     for name, matrix in matrices.items():
         _refuse(name, matrix, network.get_submodule(name))
@@ -112,7 +139,7 @@ def _refuse(name: str, matrix: QuantizedMatrix, layer: nn.Module) -> None:
     reason = None
     if matrix.integers is None:
         reason = "its weights are not quantized"
-    elif not isinstance(layer, nn.Linear):
+    elif type(layer) is not nn.Linear:
         reason = f"it is a {type(layer).__name__}, not a Linear"
     elif scheme.activation_mode == "static_tensor" and scheme.activation_bits < 16:
         reason = "static activation steps were never verified to load"
@@ -153,20 +180,47 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def _compress(folder: Path, matrices: Mapping[str, QuantizedMatrix], config: dict[str, Any]) -> str:
-    """Replace the dense weights of a folder by integers; the layout's name."""
+def _compress(
+    folder: Path,
+    matrices: Mapping[str, QuantizedMatrix],
+    config: dict[str, Any],
+    names: Mapping[str, str],
+    dtype: torch.dtype,
+) -> None:
+    """Replace the dense weights of a folder by integers.
+
+    Args:
+        folder: written by `save_pretrained`.
+        matrices: the integers of each quantized layer.
+        config: `quantization_config`.
+        names: of the layers in the files.
+        dtype: of the dense weights, in which steps are kept.
+
+    Raises:
+        MisconfigurationException: a layer is not in the files, or its weight there is another.
+    """
+    layers = {saved: name for name, saved in names.items()}
+    missing = set(layers)
     files = sorted(folder.glob("*.safetensors"))
     index: dict[str, str] = {}
     total = 0
     for file in files:
         state = load_file(file)
-        for name in [key.removesuffix(".weight") for key in state]:
-            if name in matrices:
-                del state[f"{name}.weight"]
-                state |= packed_tensors(name, matrices[name])
+        for saved in [key.removesuffix(".weight") for key in state]:
+            if saved in layers:
+                matrix, weight = matrices[layers[saved]], state.pop(f"{saved}.weight")
+                if torch.equal(weight, matrix.weight(weight.dtype).to("cpu", weight.dtype)):
+                    missing.discard(saved)
+                gptq = config["quant_method"] == "gptq"
+                state |= gptq_tensors(saved, matrix) if gptq else packed_tensors(saved, matrix, dtype)
         save_file(state, file, metadata={"format": "pt"})
         index |= dict.fromkeys(state, file.name)
         total += sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if missing:
+        raise MisconfigurationException(
+            f"{len(missing)} of {len(layers)} quantized layers are not in the files as they are in the model "
+            f"({', '.join(sorted(missing)[:4])}). Export it as dense."
+        )
     listing = folder / "model.safetensors.index.json"
     if listing.is_file():
         listing.write_text(
@@ -175,17 +229,18 @@ def _compress(folder: Path, matrices: Mapping[str, QuantizedMatrix], config: dic
     path = folder / "config.json"
     content = json.loads(path.read_text()) | {"quantization_config": config}
     path.write_text(json.dumps(content, indent=2) + "\n")
-    return str(config["format"])
 
 
-def packed_tensors(name: str, matrix: QuantizedMatrix) -> dict[str, Tensor]:
-    """What stands for `<name>.weight` in the file."""
+def packed_tensors(
+    name: str, matrix: QuantizedMatrix, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """What stands for `<name>.weight` of type `dtype` in the file."""
     assert matrix.integers is not None
     assert matrix.scale is not None
     assert matrix.zero_point is not None
     shift = 0 if matrix.scheme.symmetric else 2 ** (matrix.scheme.bits - 1)
     integers = (matrix.integers.to(torch.int16) - shift).to(torch.int8).cpu().contiguous()
-    tensors = {f"{name}.weight_scale": matrix.scale.float().cpu().contiguous()}
+    tensors = {f"{name}.weight_scale": matrix.scale.to(dtype).cpu().contiguous()}
     if form_of(matrix.scheme) == "pack-quantized":
         from compressed_tensors import pack_to_int32  # of the extra, and slow to import
 

@@ -1,7 +1,6 @@
 """Export to formats that run without us."""
 
 import glob
-import importlib.util
 import inspect
 import json
 import logging
@@ -33,8 +32,9 @@ from lightning_modules.parts.inference import (
     spec_of,
 )
 from lightning_modules.parts.names import known_names
-from lightning_modules.parts.strategies import is_sharded
 
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+"""That an export to ONNX imports."""
 PROTOBUF_LIMIT = 1_900_000_000  # bytes; an ONNX file of 2 GiB needs its weights beside it
 
 
@@ -83,15 +83,7 @@ class ONNXExport(Exporter):
         """
         if stage != self.when:
             return
-        lacking = [p for p in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(p) is None]
-        if lacking:
-            raise ModuleNotFoundError(
-                f"ONNXExport needs {', '.join(lacking)}: pip install featherlight[export]"
-            )
-        if is_sharded(trainer.strategy):
-            raise MisconfigurationException(
-                "ONNXExport exports no sharded network: run `test` on its checkpoint on one device."
-            )
+        self.check_ready(trainer, PACKAGES)
         self._inputs, self._from_validation, self._report = None, False, {}
 
     # Catching an example

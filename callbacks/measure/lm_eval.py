@@ -54,6 +54,11 @@ class LMEvaluation(Callback):
             raise MisconfigurationException(
                 f"LMEvaluation evaluates a CausalLanguageModel; {type(pl_module).__name__} is none."
             )
+        if pl_module.tokenizer.eos_token_id is None:
+            raise MisconfigurationException(
+                f"LMEvaluation: the tokenizer '{pl_module.tokenizer_name}' has no end of text (eos_token), with "
+                "which lm-eval ends and separates its requests: name one in its tokenizer_config.json."
+            )
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate."""

@@ -10,11 +10,18 @@ from callbacks.quantization.grid import SMALLEST_STEP, Grid, from_integers, to_i
 ActivationMode = Literal["dynamic_token", "dynamic_token_asymmetric", "static_tensor"]
 
 
+def _wide(x: Tensor) -> Tensor:
+    """`x` in float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def token_steps(x: Tensor, bits: int) -> Tensor:
-    """Symmetric step of each token, (..., 1): 2 max|x| / (2^b - 1), as the compressed-tensors runtime has
-    it.
+    """Symmetric step of each token, (..., 1): 2 max|x| / (2^b - 1), as the compressed-tensors runtime has it.
+
+    In the type of `x`, as there. A token of zeros has a step too: half precision knows no 1e-8.
     """
-    return (x.abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2)).clamp_min(SMALLEST_STEP)
+    step = (x.abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2)).clamp_min(SMALLEST_STEP)
+    return torch.where(step > 0, step, torch.finfo(x.dtype).tiny)
 
 
 def quantize_tokens(x: Tensor, bits: int, symmetric: bool = True) -> Tensor:
@@ -28,13 +35,14 @@ def quantize_tokens(x: Tensor, bits: int, symmetric: bool = True) -> Tensor:
     if symmetric:
         half = 2 ** (bits - 1)
         step = token_steps(x.detach(), bits)
-        return x + ((x.detach() / step).round().clamp(-half, half - 1) * step - x).detach()
-    flat = x.detach().reshape(-1, x.shape[-1])
+        rounded = (x.detach() / step).round().clamp(-half, half - 1) * step
+        return x + (rounded.to(x.dtype) - x).detach()
+    flat = _wide(x.detach().reshape(-1, x.shape[-1]))
     high = 2**bits - 1
     bottom, top = flat.amin(1, keepdim=True).clamp_max(0), flat.amax(1, keepdim=True).clamp_min(0)
     step = ((top - bottom) / high).clamp_min(SMALLEST_STEP)
     grid = Grid(step, (-bottom / step).round(), 0, high)
-    return x + (from_integers(to_integers(flat, grid), grid).view_as(x) - x).detach()
+    return x + (from_integers(to_integers(flat, grid), grid).view_as(x).to(x.dtype) - x).detach()
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -87,4 +95,4 @@ class ActivationQuantizer(nn.Module):
             return x
         if self.step is None:
             return quantize_tokens(x, self.bits, self.mode == "dynamic_token")
-        return quantize_tensor(x, self.step.to(x.dtype), self.bits)
+        return quantize_tensor(_wide(x), self.step, self.bits).to(x.dtype)

@@ -2,38 +2,50 @@
 done.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from callbacks.deploy.compressed_tensors import ExportFormat, compression_config, export_model
-from callbacks.quantization.blocks import find_blocks, linear_layers
+from callbacks.deploy.compressed_tensors import ExportFormat, export_model, expressed
+from callbacks.deploy.gptq import with_half_steps
+from callbacks.quantization.blocks import find_blocks, idle_layers, linear_layers
 from callbacks.quantization.layers import QuantizedMatrix
-from callbacks.quantization.report import describe
-from callbacks.quantization.scheme import Scheme, resolve_schemes
+from callbacks.quantization.report import block_weights, describe, left_out
+from callbacks.quantization.scheme import Scheme, only_matched, resolve_schemes
 from callbacks.run.directory import announce, run_directory, write_json
 from lightning_modules.language_model import (
     CausalLanguageModel,
     TokenLikelihood,
     check_ids,
     positions_of,
+    refuse_overflow,
     token_nll,
 )
 from lightning_modules.parts.contracts import HasCalibrationSegments, datamodule_of, require
+from lightning_modules.parts.frozen import evaluating
 from lightning_modules.parts.options import OptionError, options_of
 from lightning_modules.parts.strategies import is_sharded
 from lightning_modules.parts.text_networks import LabelWords
 from lightning_modules.text_classifier import TextClassifier
 
-Export = Literal["none", "dense", "compressed-tensors", "both"]
+Export = Literal["none", "dense", "compressed-tensors", "both", "gptq"]
+_FORMS: dict[str, tuple[ExportFormat, ...]] = {
+    "none": (),
+    "dense": ("dense",),
+    "compressed-tensors": ("compressed-tensors",),
+    "both": ("dense", "compressed-tensors"),
+    "gptq": ("gptq",),
+}
 
 
 class EvaluationQuantizer(Callback, ABC):
@@ -108,8 +120,9 @@ class QuantizationCallback(EvaluationQuantizer):
         overrides: `{pattern: {bits: 8, group_size: -1, ...}}` for some layers; later ones win.
         blocks: path of the list of blocks; None finds the longest list of one class.
         export: what is written into the run directory: `dense` and `compressed-tensors` are folders of that
-            name, which transformers loads.
+            name, which transformers loads; `gptq` is the layout of GPTQ checkpoints, for vLLM.
         baseline: also measure the perplexity before quantization, on the same batches.
+        check_export: load what was exported, and compare logits and perplexity on the first four batches.
 
     The options of `Scheme` come before these.
 
@@ -120,6 +133,8 @@ class QuantizationCallback(EvaluationQuantizer):
     """
 
     takes_encoders = True
+    needs_inputs = True
+    """Whether the method looks at what goes into the layers."""
 
     @options_of(Scheme)
     def __init__(
@@ -132,6 +147,7 @@ class QuantizationCallback(EvaluationQuantizer):
         blocks: str | None = None,
         export: Export = "none",
         baseline: bool = True,
+        check_export: bool = True,
     ) -> None:
         super().__init__()
         self.scheme = settings
@@ -141,6 +157,7 @@ class QuantizationCallback(EvaluationQuantizer):
         self.blocks = blocks
         self.export = export
         self.baseline = baseline
+        self.check_export = check_export
         self.matrices: dict[str, QuantizedMatrix] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -200,16 +217,41 @@ class QuantizationCallback(EvaluationQuantizer):
                 "The model is quantized already: its config has a quantization_config."
             )
         path, _ = find_blocks(module.network, self.blocks)
-        layers = linear_layers(module.network, path)
+        layers = linear_layers(module.network, path, routers=True)
+        routers = [name for name in layers if name not in linear_layers(module.network, path)]
+        asked = only_matched(layers, routers, [*self.targets, *self.overrides])
+        layers = {name: layer for name, layer in layers.items() if name not in routers or name in asked}
         schemes = resolve_schemes(layers, self.scheme, self.targets, self.ignore, self.overrides)
         self.check(schemes)
-        if self.export in ("compressed-tensors", "both"):
-            empty = torch.zeros(0)
-            compression_config(
-                module.network,
-                {n: QuantizedMatrix(s, empty if s.bits < 16 else None) for n, s in schemes.items()},
-            )
+        empty = torch.zeros(0)
+        planned = {n: QuantizedMatrix(s, empty if s.bits < 16 else None) for n, s in schemes.items()}
+        for form in _FORMS[self.export]:
+            expressed(form, module.network, planned)
         return path, schemes
+
+    def _check_layers(
+        self, module: CausalLanguageModel, blocks: str, schemes: Mapping[str, Scheme], layers_see: bool
+    ) -> None:
+        """Refuse layers that never see an input, where one is needed; say what of the blocks is left out."""
+        network = module.network
+        watched = [n for n, scheme in schemes.items() if layers_see or scheme.activation_bits < 16]
+        idle = idle_layers(network, watched, network_device(network)) if watched else []
+        if idle:
+            raise MisconfigurationException(
+                f"{', '.join(idle[:4])}{', ...' if len(idle) > 4 else ''} never runs: "
+                f"{type(network).__name__} takes its weights and multiplies elsewhere, so its inputs can be "
+                f"neither seen nor quantized. Leave it alone (ignore: ['*.{idle[0].rpartition('.')[2]}']), or "
+                "use RTN with activation_bits: 16."
+            )
+        total = sum(block_weights(network, blocks).values())
+        rest = left_out(network, blocks, schemes)
+        share = sum(rest.values()) / total
+        if share > 0.05 and self.targets == ["*"] and not self.ignore:
+            kinds = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in rest))
+            rank_zero_warn(
+                f"{type(self).__name__}: {share:.0%} of the blocks' weights stay as they are: "
+                f"{', '.join(kinds[:4])}{', ...' if len(kinds) > 4 else ''}."
+            )
 
     def check(self, schemes: Mapping[str, Scheme]) -> None:
         """Refuse what this method cannot do."""
@@ -226,6 +268,7 @@ class QuantizationCallback(EvaluationQuantizer):
         before = None
         if self.baseline and loaders is not None and isinstance(module, CausalLanguageModel):
             before = self._perplexity(trainer, module, loaders)
+        self._check_layers(module, blocks, schemes, layers_see=self.needs_inputs)
         kinds = sorted({str(scheme) for scheme in schemes.values()})
         rank_zero_info(f"{type(self).__name__}: {len(schemes)} layers, {', '.join(kinds)}.")
         training = module.network.training
@@ -233,11 +276,16 @@ class QuantizationCallback(EvaluationQuantizer):
         # evaluation loops run in inference mode, whose tensors no graph can hold
         with torch.inference_mode(False), torch.enable_grad():
             self.matrices, self._handles, details = self.quantize(trainer, module, blocks, schemes)
+            if "gptq" in _FORMS[self.export]:
+                dtype = next(module.network.parameters()).dtype
+                self.matrices = {n: with_half_steps(n, matrix, dtype) for n, matrix in self.matrices.items()}
+                for name, matrix in self.matrices.items():
+                    matrix.install(module.network.get_submodule(name))
         module.network.train(training)
-        self.report = describe(module.network, self.matrices, self.scheme) | details
+        self.report = describe(module.network, self.matrices, self.scheme, blocks) | details
         if before is not None:
             self.report["perplexity_before"] = before
-        self._write(trainer, module)
+        self._write(trainer, module, self._first_batches(trainer, module, loaders))
 
     def _perplexity(self, trainer: Trainer, module: CausalLanguageModel, loaders: Any) -> float:
         """Over all ranks, before quantization."""
@@ -252,8 +300,68 @@ class QuantizationCallback(EvaluationQuantizer):
                         break
                     check_ids(batch["input_ids"], module.network, module.tokenizer_name)
                     ids = batch["input_ids"].to(module.device)
-                    metric.update(token_nll(module(ids), ids))
+                    nll = token_nll(module(ids), ids)
+                    refuse_overflow(module.network, ids, nll)
+                    metric.update(nll)
         return float(metric.compute())
+
+    # What was exported
+
+    def _first_batches(
+        self, trainer: Trainer, module: CausalLanguageModel, loaders: Any, count: int = 4
+    ) -> list[Tensor]:
+        """Token ids of the first batches that are evaluated on; made-up ones where there are none."""
+        if self.export == "none" or not self.check_export or not isinstance(module, CausalLanguageModel):
+            return []
+        loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
+        if loader is None:
+            return [(torch.arange(32) % module.vocabulary_size).view(2, 16)]
+        return [batch["input_ids"] for batch, _ in zip(loader, range(count), strict=False)]
+
+    @torch.no_grad()
+    def _check_export(
+        self, folder: Path, form: ExportFormat, module: CausalLanguageModel, batches: list[Tensor]
+    ) -> dict[str, Any]:
+        """Load what was written as a user would, and compare it with the model that is measured.
+
+        Returns:
+            `checked`, and where the format can be loaded here `perplexity_loaded`, `perplexity_in_memory` of the
+            first batches, and `logits_equal`.
+        """
+        if form == "gptq":
+            return {"checked": "not loaded: needs vLLM, or gptqmodel on a GPU"}
+        from transformers import AutoModelForCausalLM
+
+        measures = [TokenLikelihood("perplexity") for _ in range(2)]
+        try:
+            dtype = next(module.network.parameters()).dtype
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+            loaded.to(module.device).eval()
+            equal = True
+            with evaluating(module.network):
+                for batch in batches:
+                    ids = batch.to(module.device)
+                    found, wanted = (net(ids, use_cache=False).logits for net in (loaded, module.network))
+                    equal = equal and torch.equal(found, wanted)
+                    for measure, logits in zip(measures, (found, wanted), strict=True):
+                        measure.update(token_nll(logits, ids).cpu())
+        except Exception as error:  # what cannot be loaded fails in its own way
+            reason = " ".join(str(error).split()) or type(error).__name__
+            rank_zero_warn(f"{folder} was written, but does not load in transformers: {reason}")
+            return {"checked": f"does not load: {reason}"}
+        perplexities = [float(measure.compute()) for measure in measures]
+        quantizes = bool(self._handles)
+        if not equal and not (form == "dense" and quantizes):
+            rank_zero_warn(
+                f"{folder} gives other logits than the model in memory (perplexity {perplexities[0]:.4f}, not "
+                f"{perplexities[1]:.4f})."
+            )
+        return {
+            "checked": "loaded in transformers",
+            "perplexity_loaded": perplexities[0],
+            "perplexity_in_memory": perplexities[1],
+            "logits_equal": equal,
+        }
 
     # Calibration data
 
@@ -276,19 +384,15 @@ class QuantizationCallback(EvaluationQuantizer):
 
     # The report
 
-    def _write(self, trainer: Trainer, module: CausalLanguageModel) -> None:
-        forms: dict[str, list[ExportFormat]] = {
-            "none": [],
-            "dense": ["dense"],
-            "compressed-tensors": ["compressed-tensors"],
-            "both": ["dense", "compressed-tensors"],
-        }
+    def _write(self, trainer: Trainer, module: CausalLanguageModel, batches: list[Tensor]) -> None:
         if trainer.is_global_zero:
             directory = run_directory(trainer)
             exported = {}
-            for form in forms[self.export]:
+            for form in _FORMS[self.export]:
                 folder = directory / form
                 exported[form] = export_model(folder, module.network, module.tokenizer, self.matrices, form)
+                if self.check_export and isinstance(module, CausalLanguageModel):
+                    exported[form] |= self._check_export(folder, form, module, batches)
                 announce(trainer, f"{form}: {exported[form]['bytes_on_disk'] / 1e6:.1f} MB in {folder}")
             if exported:
                 self.report["exported"] = exported

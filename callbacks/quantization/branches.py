@@ -44,31 +44,36 @@ class Branches:
         self.directory = directory
         self.positions: dict[Branch, int] = {"full": 0, "quantized": 0}
         self._caches: dict[str, HiddenStates] = {}
+        self._target = "target"  # the cache that holds H_fp
 
     def __len__(self) -> int:
         return len(self.segments)
 
-    def batches(self, count: int | None = None) -> Iterator[slice]:
-        """Indices of the first `count` segments (None: all), at most `batch_size` at a time."""
-        return chunks(len(self) if count is None else count, self.batch_size)
+    def batches(self, part: range | None = None) -> Iterator[slice]:
+        """Indices of some segments (None: all), at most `batch_size` at a time."""
+        part = range(len(self)) if part is None else part
+        for indices in chunks(len(part), self.batch_size):
+            yield slice(part.start + indices.start, part.start + indices.stop)
 
     @torch.no_grad()
     def fill(self) -> None:
         """Both branches in front of the first block."""
         for indices in self.batches():
             hidden = self.stack.embed(self.segments[indices])
-            if not self._caches:
-                names = ["full", "quantized", "target", *["homologous"] * self.homologous]
-                self._caches = {name: self._cache(name, hidden) for name in names}
-            self._caches["full"].write(indices, hidden)
-            self._caches["quantized"].write(indices, hidden)
+            self._cache("full", hidden).write(indices, hidden)
+            self._cache("quantized", hidden).write(indices, hidden)
 
     def _cache(self, name: str, like: Tensor) -> HiddenStates:
+        """The cache of a name, made when it is first needed."""
+        if name in self._caches:
+            return self._caches[name]
         file = None
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             file = str(self.directory / f"{name}_{rank_and_world()[0]}.bin")
-        return HiddenStates((len(self), *like.shape[1:]), self.dtype, like.new_empty(0), file)
+        shape = (len(self), *like.shape[1:])
+        self._caches[name] = HiddenStates(shape, self.dtype, like.new_empty(0), file)
+        return self._caches[name]
 
     def clear(self) -> None:
         """Drop the caches; from now on only the positions move."""
@@ -81,7 +86,7 @@ class Branches:
         if self._caches and start < to:
             cache = self._caches[branch]
             for indices in self.batches():
-                cache.write(indices, self.stack.run(start, to, cache.read(indices)))
+                cache.write(indices, self.stack.run(start, to, cache.read(indices), indices))
         self.positions[branch] = max(start, to)
 
     @torch.no_grad()
@@ -95,17 +100,19 @@ class Branches:
         """
         same = start == 0 or self.positions["quantized"] == 0
         full = self._caches["full"]
+        self._target = "full" if following == end else "target"  # windows that do not overlap need one cache
         for indices in self.batches():
             hidden = full.read(indices)
             for index in range(start, following):  # block by block, as a resumed run gets there
-                full.write(indices, self.stack.run(index, index + 1, hidden))
+                full.write(indices, self.stack.run(index, index + 1, hidden, indices))
                 hidden = full.read(indices)
-            target = self.stack.run(following, end, hidden)
-            self._caches["target"].write(indices, target)
+            target = self.stack.run(following, end, hidden, indices)
+            if following < end:
+                self._cache("target", target).write(indices, target)
             if self.homologous:
                 if not same:
-                    target = self.stack.run(start, end, self.inputs(indices))
-                self._caches["homologous"].write(indices, target)
+                    target = self.stack.run(start, end, self.inputs(indices), indices)
+                self._cache("homologous", target).write(indices, target)
         self.positions["full"] = following
 
     def inputs(self, indices: Any) -> Tensor:
@@ -115,4 +122,4 @@ class Branches:
     def targets(self, indices: Any) -> tuple[Tensor, Tensor | None]:
         """H_fp and, where it is kept, H_homo behind the window, (chosen, length, hidden)."""
         homologous = self._caches["homologous"].read(indices) if self.homologous else None
-        return self._caches["target"].read(indices), homologous
+        return self._caches[self._target].read(indices), homologous

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from callbacks.quantization.base import QuantizationCallback, network_device
 from callbacks.quantization.cross_block import CrossBlock
-from callbacks.quantization.layers import QuantizedMatrix
+from callbacks.quantization.layers import QuantizedMatrix, matrix_of
 from callbacks.quantization.ranks import rank_and_world, share_of
 from callbacks.quantization.scheme import Scheme
 from callbacks.quantization.settings import CrossBlockSettings, Progress
@@ -126,7 +126,8 @@ class CBQ(QuantizationCallback):
         identity |= {"schemes": {name: asdict(scheme) for name, scheme in schemes.items()}}
         identity |= {"ranks": rank_and_world()[1], "precision": str(trainer.precision)}
         identity |= {"cache_dtype": str(self.cache_dtype)}
-        return ProgressFile(run_directory(trainer) / f"{self.name}_progress.pt", identity)
+        shapes = {name: tuple(matrix_of(module.network.get_submodule(name)).shape) for name in schemes}
+        return ProgressFile(run_directory(trainer) / f"{self.name}_progress.pt", identity, shapes)
 
     def _report(
         self, done: Progress, windows: list[tuple[int, int]], segments: torch.Tensor

@@ -6,7 +6,7 @@ Plain torch: `CrossBlock(network, schemes, segments, settings).run()` leaves the
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from callbacks.quantization.blocks import BlockStack
 from callbacks.quantization.branches import Branches
 from callbacks.quantization.folding import ChannelRange
 from callbacks.quantization.layers import LearnedLayer, matrix_of, replace_module
+from callbacks.quantization.offsets import LearnedOffset
 from callbacks.quantization.preprocessing import ChannelScaling, truncate_outliers
 from callbacks.quantization.ranks import maximum
 from callbacks.quantization.reconstruction import Reconstruction
@@ -47,6 +48,7 @@ class CrossBlock:
         offload: blocks outside the window wait in the CPU's memory.
 
     Raises:
+        OptionError: no segment is left besides the held-out ones.
         RuntimeError: a loss is not finite; names window, step and learning rates.
     """
 
@@ -72,8 +74,9 @@ class CrossBlock:
         self.schemes = schemes
         self.segments = segments
         self.settings = settings = settings.resolved(schemes.values())
+        settings.learned_segments(len(segments))
         self.device = device or torch.device("cpu")
-        self.stack = BlockStack(network, blocks, segments[:1], self.device, autocast, offload)
+        self.stack = BlockStack(network, blocks, segments, self.device, autocast, offload)
         self.branches = Branches(
             self.stack, segments, settings.batch_size, settings.homologous, cache_dtype, cache_directory
         )
@@ -135,7 +138,7 @@ class CrossBlock:
         if self.settings.epochs and layers:
             row |= self._reconstruct(index, layers)
         roundings = [layer.rounding for layer in layers if layer.rounding is not None]
-        sizes = [rounding.lower.numel() for rounding in roundings]
+        sizes = [rounding.size for rounding in roundings]
         changed = sum(r.changed() * size for r, size in zip(roundings, sizes, strict=True))
         row["rounding_changed"] = changed / sum(sizes) if sizes else 0.0
         row["seconds"] = time.perf_counter() - began
@@ -144,19 +147,27 @@ class CrossBlock:
         self._finish_window(index)
 
     def _reconstruct(self, index: int, layers: list[LearnedLayer]) -> dict[str, float]:
-        """Learn; loss and errors before and after, for the report."""
+        """Learn; loss and errors before and after, for the report, on learned and on held-out segments."""
         task = Reconstruction(self.stack, self.branches, self.windows[index], layers, self.settings)
         order = torch.Generator().manual_seed(derived_seed(self.settings.seed, "order", index))
+        parts = {"": task.learned[: self.report_segments], "held_out_": task.held_out}
+
+        def measure(when: str) -> dict[str, float]:
+            return {
+                f"{part}{key}_{when}": value
+                for part, segments in parts.items()
+                if segments
+                for key, value in task.measure(segments).items()
+            }
+
         for layer in layers:
             layer.active = True
-        before = task.measure(self.report_segments)
-        task.optimise(index, order)
-        after = task.measure(self.report_segments)
+        row = measure("before")
+        row["passes"] = task.optimise(index, order)
+        row |= measure("after")
         for layer in layers:
             layer.active = False
-        return {f"{key}_before": value for key, value in before.items()} | {
-            f"{key}_after": value for key, value in after.items()
-        }
+        return row
 
     def _finish_window(self, index: int) -> None:
         """Harden what the next window leaves behind, and keep the state of the rest."""
@@ -189,16 +200,25 @@ class CrossBlock:
                 weight, cut = truncate_outliers(weight, settings)
                 if cut:
                     self.progress.thresholds[name] = cut
-            rounding = LearnedRounding(
-                weight,
-                *(scheme.bits, scheme.group_size, scheme.symmetric),
-                rank=settings.rounding_rank,
-                init=settings.rounding_init,
-                generator=torch.Generator().manual_seed(derived_seed(settings.seed, name)),
-                learn_step=settings.learn_steps,
-            )
+            rounding = self._rounding(name, weight, scheme)
         activation = ActivationQuantizer(scheme.activation_bits, scheme.activation_mode)
         return LearnedLayer(layer, scheme, rounding, activation)
+
+    def _rounding(self, name: str, weight: Tensor, scheme: Scheme) -> LearnedRounding | LearnedOffset:
+        """What is learned about the weight of a layer."""
+        settings = self.settings
+        grid = (scheme.bits, scheme.group_size, scheme.symmetric)
+        if settings.rounding_form == "offset":
+            rank: Literal["full", 0] = "full" if settings.rounding_rank == "full" else 0
+            return LearnedOffset(weight, *grid, rank=rank, learn_ends=settings.learn_steps)
+        return LearnedRounding(
+            weight,
+            *grid,
+            rank=settings.rounding_rank,
+            init=settings.rounding_init,
+            generator=torch.Generator().manual_seed(derived_seed(settings.seed, name)),
+            learn_step=settings.learn_steps,
+        )
 
     def _insert(self, start: int, end: int) -> None:
         """Put learned layers in the blocks of a window; those that are there go on."""
@@ -220,7 +240,7 @@ class CrossBlock:
         """Static activation steps from the largest input over the calibration set, in full precision."""
         channels = ChannelRange(dict(layers.items()))
         for indices in self.branches.batches():
-            self.stack.run(start, index + 1, self.branches.inputs(indices))
+            self.stack.run(start, index + 1, self.branches.inputs(indices), indices)
         channels.remove()
         for name, layer in layers.items():
             largest = float(maximum(channels.magnitude(name).amax()))

@@ -5,6 +5,7 @@ undone where the block's output moves, as it does where a norm is followed by so
 not know.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from callbacks.quantization.calls import Call, close_by_token, mapped_call
 from callbacks.quantization.layers import matrix_of, set_matrix
 from callbacks.quantization.outliers import channel_scales, two_sided_scales
 
@@ -33,6 +35,7 @@ class Fold:
     kind: Literal["norm", "rows", "heads"]
 
 
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 FOLDS = (
     Fold("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "norm"),
     Fold("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "norm"),
@@ -42,8 +45,10 @@ FOLDS = (
     Fold("final_layer_norm", ("fc1",), "norm"),
     Fold("fc1", ("fc2",), "rows"),
     Fold("self_attn.v_proj", ("self_attn.out_proj",), "heads"),
+    Fold("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "norm"),
+    Fold("input_layernorm", (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj"), "norm"),
 )
-"""Llama, Mistral, Qwen and their like, then OPT (fc2 behind ReLU)."""
+"""Llama, Mistral, Qwen and their like, OPT (fc2 behind ReLU), Gemma 2 and 3, Cohere (one norm for both halves)."""
 
 
 class ChannelRange:
@@ -113,6 +118,52 @@ def fold_scales(
 
 
 @torch.no_grad()
+def scale_norm(norm: nn.Module, divisor: Tensor) -> None:
+    """Divide what a norm gives; Gemma's multiplies by one plus its weight, which a norm of zeros shows."""
+    weight = norm.get_parameter("weight")
+    kept = weight.clone()
+    weight.zero_()
+    try:
+        ones = norm(torch.linspace(-1, 1, len(weight), device=weight.device).to(weight.dtype)[None])
+    finally:
+        weight.copy_(kept)
+    bias = getattr(norm, "bias", None)
+    offset = float(bool((ones - (0 if bias is None else bias)).abs().amax() > 0))
+    weight.copy_((kept.double() + offset) / divisor - offset)
+
+
+class FoldTrial:
+    """A block in double precision, on which folds are tried before they are made.
+
+    What a block adds to its hidden states must stay the same for every token by its own size: a massive
+    activation in one token, or in the residual stream, hides nothing.
+
+    Args:
+        block: the block; it is copied.
+        call: what it gets besides its hidden states.
+        hidden: (1, length, hidden), what enters it.
+    """
+
+    def __init__(self, block: nn.Module, call: Call, hidden: Tensor) -> None:
+        self._block = copy.deepcopy(block).double()
+        self._call = mapped_call(call, lambda t: t.double() if t.is_floating_point() else t)
+        self._hidden = hidden.double()
+        self._before = self._added()
+
+    def _added(self) -> Tensor:
+        return self._call.run(self._block, self._hidden) - self._hidden
+
+    @torch.no_grad()
+    def moves(self, fold: Fold, scales: Tensor) -> bool:
+        """Whether a fold changes what the block does; one that does not stays in the copy."""
+        apply_fold(fold, self._block, scales.double())
+        if close_by_token(self._added(), self._before):
+            return False
+        apply_fold(fold, self._block, 1 / scales.double())
+        return True
+
+
+@torch.no_grad()
 def apply_fold(fold: Fold, block: nn.Module, scales: Tensor) -> None:
     """Divide in the producer, multiply in the consumers; `1 / scales` undoes it."""
     producer = block.get_submodule(fold.producer)
@@ -122,7 +173,7 @@ def apply_fold(fold: Fold, block: nn.Module, scales: Tensor) -> None:
         rows = len(matrix_of(producer))
         divisor = scales.view(rows // head, -1, head)[:, 0].flatten()
     if fold.kind == "norm":
-        producer.get_parameter("weight").div_(divisor)
+        scale_norm(producer, divisor)
     else:
         set_matrix(producer, matrix_of(producer) / divisor[:, None])
     bias = getattr(producer, "bias", None)

@@ -12,30 +12,41 @@ from callbacks.quantization.ranks import share_of
 from callbacks.quantization.scheme import Scheme
 from callbacks.quantization.sequential import SequentialGPTQ
 from lightning_modules.language_model import CausalLanguageModel
-from lightning_modules.parts.options import check_range
+from lightning_modules.parts.options import check, check_range
 
 
 class GPTQ(QuantizationCallback):
-    """GPTQ (Frantar et al., ICLR 2023), left to right, see `QuantizationCallback` for when and what.
+    """GPTQ (Frantar et al., ICLR 2023), see `QuantizationCallback` for when and what.
 
     Args:
-        damp: share of the mean diagonal of the Hessian that is added to it.
+        damp: share of the mean diagonal of the Hessian that is added to it; several are candidates, see
+            `SequentialGPTQ`.
         batch_size: calibration segments that pass through a block at once.
         true_sequential: see `SequentialGPTQ`.
+        act_order: columns by falling size of their inputs, in static groups; False: left to right, as it was
+            published first.
         options: of `Scheme` and of `QuantizationCallback`.
     """
 
     name = "gptq"
 
     def __init__(
-        self, damp: float = 0.01, batch_size: int = 1, true_sequential: bool = True, **options: Any
+        self,
+        damp: float | list[float] = 0.01,
+        batch_size: int = 1,
+        true_sequential: bool = True,
+        act_order: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
-        check_range("damp", damp, "(0, inf)")
+        check(damp != [], "damp", damp, "a number or some candidates")
+        for candidate in damp if isinstance(damp, list) else [damp]:
+            check_range("damp", candidate, "(0, inf)")
         check_range("batch_size", batch_size, "[1, inf)")
         self.damp = damp
         self.batch_size = batch_size
         self.true_sequential = true_sequential
+        self.act_order = act_order
 
     def quantize(
         self, trainer: Trainer, module: CausalLanguageModel, blocks: str, schemes: dict[str, Scheme]
@@ -52,6 +63,7 @@ class GPTQ(QuantizationCallback):
             batch_size=self.batch_size,
             device=network_device(module.network),
             true_sequential=self.true_sequential,
+            act_order=self.act_order,
         )
         matrices = engine.run()
         report = {

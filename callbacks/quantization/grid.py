@@ -64,21 +64,45 @@ def fit_grid(weight: Tensor, bits: int, group_size: int = -1, symmetric: bool = 
     Raises:
         ValueError: `group_size` does not divide d_in.
     """
-    low, high = integer_range(bits, symmetric)
+    return grid_between(*range_of(weight, group_size, symmetric), bits, symmetric)
+
+
+def range_of(weight: Tensor, group_size: int = -1, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+    """Both ends of the range of each group, (d_out, groups): 0 lies in it; symmetric ones have no lower end.
+
+    Raises:
+        ValueError: `group_size` does not divide d_in.
+    """
     groups = grouped(weight, group_count(weight.shape[1], group_size))
     if symmetric:
-        scale = (groups.abs().amax(2) / high).clamp_min(SMALLEST_STEP)
+        top = groups.abs().amax(2)
+        return torch.zeros_like(top), top
+    return groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
+
+
+def grid_between(bottom: Tensor, top: Tensor, bits: int, symmetric: bool = False) -> Grid:
+    """The grid of ranges, see `range_of`."""
+    low, high = integer_range(bits, symmetric)
+    scale = ((top if symmetric else top - bottom) / high).clamp_min(SMALLEST_STEP)
+    if symmetric:
         return Grid(scale, torch.zeros_like(scale), low, high)
-    bottom, top = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
-    scale = ((top - bottom) / high).clamp_min(SMALLEST_STEP)
     return Grid(scale, (-bottom / scale).round().clamp(low, high), low, high)
 
 
-def to_integers(weight: Tensor, grid: Grid) -> Tensor:
-    """Nearest integers of a matrix on a grid: (d_out, d_in), float with integer values."""
+def to_integers(weight: Tensor, grid: Grid, offset: Tensor | None = None) -> Tensor:
+    """Nearest integers of a matrix on a grid: (d_out, d_in), float with integer values.
+
+    Args:
+        weight: (d_out, d_in).
+        grid: of its groups.
+        offset: (d_out, d_in), added in steps before rounding.
+    """
     groups = grouped(weight, grid.scale.shape[1])
     scale, zero_point = grid.scale[..., None], grid.zero_point[..., None]
-    return ((groups / scale).round() + zero_point).clamp(grid.low, grid.high).flatten(1)
+    scaled = groups / scale
+    if offset is not None:
+        scaled = scaled + grouped(offset, grid.scale.shape[1])
+    return (scaled.round() + zero_point).clamp(grid.low, grid.high).flatten(1)
 
 
 def from_integers(integers: Tensor, grid: Grid) -> Tensor:

@@ -1,6 +1,7 @@
 """Linear layers while they are quantized, and what is left of them afterwards."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from callbacks.quantization.activations import ActivationQuantizer
+from callbacks.quantization.experts import Expert
 from callbacks.quantization.grid import Grid, from_integers
+from callbacks.quantization.offsets import LearnedOffset
 from callbacks.quantization.rounding import LearnedRounding
 from callbacks.quantization.scheme import Scheme
 
@@ -58,12 +61,17 @@ class QuantizedMatrix:
         kind = torch.int8 if scheme.symmetric else torch.uint8
         return cls(scheme, integers.to(kind), grid.scale.clone(), grid.zero_point.clone())
 
-    def weight(self) -> Tensor:
-        """(d_out, d_in), (q - z) s."""
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(d_out, d_in), (q - z) s.
+
+        Args:
+            dtype: of the layer; s is taken as that type keeps it, which is what an exported folder has.
+        """
         assert self.integers is not None
         assert self.scale is not None
         assert self.zero_point is not None
-        return from_integers(self.integers.to(self.scale.dtype), Grid(self.scale, self.zero_point, 0, 0))
+        scale = self.scale if dtype is None else self.scale.to(dtype).to(self.scale.dtype)
+        return from_integers(self.integers.to(scale.dtype), Grid(scale, self.zero_point, 0, 0))
 
     def install(self, layer: nn.Module) -> RemovableHandle | None:
         """Give `layer` the quantized weight, and quantize its input from now on.
@@ -72,8 +80,10 @@ class QuantizedMatrix:
             The handle of the hook that does the latter, if there is one.
         """
         if self.integers is not None:
-            set_matrix(layer, self.weight().to(layer.get_parameter("weight").device))
-            layer.weight_bits = float(self.scheme.bits)  # type: ignore[assignment]
+            weight = layer.get_parameter("weight")
+            set_matrix(layer, self.weight(weight.dtype).to(weight.device))
+            holder = layer.owner if isinstance(layer, Expert) else layer
+            holder.weight_bits = float(self.scheme.bits)  # type: ignore[assignment]
         if self.scheme.activation_bits >= 16:
             return None
         quantizer = ActivationQuantizer(self.scheme.activation_bits, self.scheme.activation_mode)
@@ -97,7 +107,7 @@ class LearnedLayer(nn.Module):
         self,
         layer: nn.Module,
         scheme: Scheme,
-        rounding: LearnedRounding | None,
+        rounding: LearnedRounding | LearnedOffset | None,
         activation: ActivationQuantizer,
     ) -> None:
         super().__init__()
@@ -106,6 +116,16 @@ class LearnedLayer(nn.Module):
         self.rounding = rounding
         self.activation = activation
         self.active = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The original layer's: some blocks ask for its type."""
+        return self.layer.get_parameter("weight")
+
+    @property
+    def bias(self) -> Any:
+        """The original layer's."""
+        return getattr(self.layer, "bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer, with a quantized weight and input while `active`."""
@@ -116,8 +136,8 @@ class LearnedLayer(nn.Module):
             return self.layer(x)
         with torch.autocast(x.device.type, enabled=False):
             weight = self.rounding()
-        bias = getattr(self.layer, "bias", None)
-        return F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype), bias)
+        weight = weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype)
+        return F.linear(x, weight, self.bias)
 
     def harden(self) -> QuantizedMatrix:
         """The final integers; nothing of what learned them is kept."""

@@ -11,8 +11,6 @@ from callbacks.quantization.outliers import detect_outliers, truncated
 from callbacks.quantization.ranks import maximum
 from callbacks.quantization.settings import CrossBlockSettings
 
-_MOVED = 1e-3  # largest relative change of a block's output that rounding explains
-
 
 class ChannelScaling:
     """Scales of outlier channels, folded into the layers that make the channels, block after block.
@@ -62,7 +60,8 @@ class ChannelScaling:
         channels = ChannelRange({fold.consumers[0]: block.get_submodule(fold.consumers[0]) for fold in folds})
         probe = hidden[0][:1]
         for number, batch in enumerate(hidden):
-            hidden[number] = self.stack.run(index, index + 1, batch)
+            indices = slice(number * self.settings.batch_size, number * self.settings.batch_size + len(batch))
+            hidden[number] = self.stack.run(index, index + 1, batch, indices)
         channels.remove()
         for extremes, sign in ((channels.largest, 1), (channels.smallest, -1)):
             for values in extremes.values():
@@ -72,17 +71,15 @@ class ChannelScaling:
             "variance_weight": self.settings.cfp_variance_weight,
             "min_gap": self.settings.cfp_min_gap,
         }
-        before = self.stack.run(index, index + 1, probe)
+        trial = self.stack.trial(index, probe)
         chosen: dict[str, Tensor] = {}
         for number, fold in enumerate(folds):
             scales = fold_scales(fold, block, channels, self.settings.cfp_variant, options)
             if bool((scales == 1).all()):
                 continue
-            apply_fold(fold, block, scales)
-            moved = (self.stack.run(index, index + 1, probe) - before).abs().amax() / before.abs().amax()
-            if moved > _MOVED:  # something else reads these channels, or the norm is of another kind
-                apply_fold(fold, block, 1 / scales)
+            if trial.moves(fold, scales):  # something else reads these channels
                 continue
+            apply_fold(fold, block, scales)
             chosen[f"{index}/{number}"] = scales.cpu()
         return chosen
 

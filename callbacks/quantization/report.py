@@ -1,31 +1,37 @@
 """What a quantized model is, in numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from callbacks.quantization.experts import Expert
 from callbacks.quantization.layers import QuantizedMatrix
 from callbacks.quantization.scheme import Scheme
 
 
-def describe(network: nn.Module, matrices: Mapping[str, QuantizedMatrix], scheme: Scheme) -> dict[str, Any]:
+def describe(
+    network: nn.Module, matrices: Mapping[str, QuantizedMatrix], scheme: Scheme, blocks: str = ""
+) -> dict[str, Any]:
     """Scheme, size and rounding of a quantized network.
 
     Args:
         network: with hard weights.
         matrices: the integers of each quantized layer.
         scheme: what holds for most layers.
+        blocks: path of the blocks.
 
     Returns:
         `bits`, `group_size`, `symmetric`, `activation_bits`; `quantized_weights` of `weights` in the whole
-        network; `bits_per_quantized_weight` with scales (and zero points) of 16 (and the weights' own) bits;
+        network, and `block_weights`, the matrices in its blocks, of which `quantized_block_share` is quantized;
+        `bits_per_quantized_weight` with scales (and zero points) of 16 (and the weights' own) bits;
         `rounding_changed`, the share of weights not rounded to nearest; `layers` with scheme and share of
         each.
     """
     integers = [matrix for matrix in matrices.values() if matrix.integers is not None]
     count = sum(matrix.integers.numel() for matrix in integers if matrix.integers is not None)
     bits = sum(_bits(matrix) for matrix in integers)
+    total = sum(block_weights(network, blocks).values())
     changed = sum(m.changed * m.integers.numel() for m in integers if m.integers is not None)
     return {
         "scheme": str(scheme),
@@ -35,6 +41,8 @@ def describe(network: nn.Module, matrices: Mapping[str, QuantizedMatrix], scheme
         "activation_bits": scheme.activation_bits,
         "weights": sum(parameter.numel() for parameter in network.parameters()),
         "quantized_weights": count,
+        "block_weights": total,
+        "quantized_block_share": count / total if total else 0.0,
         "bits_per_quantized_weight": bits / count if count else 16.0,
         "rounding_changed": changed / count if count else 0.0,
         "layers": {
@@ -42,6 +50,36 @@ def describe(network: nn.Module, matrices: Mapping[str, QuantizedMatrix], scheme
             for name, matrix in matrices.items()
         },
     }
+
+
+def block_weights(network: nn.Module, blocks: str) -> dict[str, int]:
+    """How many weights each matrix inside the blocks has; vectors (norms, biases) are none."""
+    prefix = f"{blocks}." if blocks else ""
+    return {
+        name: parameter.numel()
+        for name, parameter in network.named_parameters()
+        if name.startswith(prefix) and parameter.ndim >= 2
+    }
+
+
+def left_out(network: nn.Module, blocks: str, layers: Iterable[str]) -> dict[str, int]:
+    """The matrices inside the blocks that are none of `layers`, with their sizes, the largest first.
+
+    Args:
+        network: of the blocks.
+        blocks: their path.
+        layers: names of layers; those of experts are parts of a parameter.
+    """
+    covered: set[nn.Parameter] = set()
+    for name in layers:
+        layer = network.get_submodule(name)
+        if isinstance(layer, Expert):
+            covered.add(layer.owner.get_parameter(layer.parameter))  # type: ignore[arg-type]
+        else:
+            covered.add(layer.get_parameter("weight"))
+    sizes = block_weights(network, blocks)
+    rest = {name: size for name, size in sizes.items() if network.get_parameter(name) not in covered}
+    return dict(sorted(rest.items(), key=lambda item: -item[1]))
 
 
 def _bits(matrix: QuantizedMatrix) -> float:

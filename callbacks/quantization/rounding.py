@@ -173,6 +173,15 @@ class LearnedRounding(nn.Module):
         """A1 and A2, or the full matrix, or nothing."""
         return [p for p in (self.left, self.right, self.full) if p is not None]
 
+    def step_parameters(self) -> list[nn.Parameter]:
+        """The steps, where they are trained."""
+        return [self.scale] if self.scale.requires_grad else []
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.lower.numel()
+
     @torch.no_grad()
     def clamp_steps(self) -> None:
         """Keep the steps positive after an optimiser step."""

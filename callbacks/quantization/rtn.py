@@ -20,6 +20,7 @@ class RTN(QuantizationCallback):
     """
 
     name = "rtn"
+    needs_inputs = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

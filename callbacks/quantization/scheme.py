@@ -108,6 +108,19 @@ def matching(
     return [name for name in names if name in chosen]
 
 
+def only_matched(
+    layers: Mapping[str, nn.Module], special: Sequence[str], patterns: Sequence[str]
+) -> set[str]:
+    """Those of the `special` layers that a pattern asks for which matches nothing but special ones."""
+    types = {name: type(layer).__name__ for name, layer in layers.items()}
+    asked: set[str] = set()
+    for pattern in patterns if special else ():
+        chosen = set(matching(layers, [pattern], types, "targets"))
+        if chosen <= set(special):
+            asked |= chosen
+    return asked
+
+
 def assigned(
     types: Mapping[str, str],
     scheme: AnyScheme,

@@ -18,6 +18,7 @@ from callbacks.quantization.settings import Progress
 from callbacks.run.checkpointing import AtomicCheckpointIO
 
 _TENSORS = ("integers", "scale", "zero_point")
+_AT_ONCE = 2**20
 
 
 def as_plain(matrix: QuantizedMatrix) -> dict[str, Any]:
@@ -39,12 +40,25 @@ def fingerprint(network: nn.Module, segments: Tensor | None) -> dict[str, str]:
     """
     weights = hashlib.sha256()
     for name, parameter in network.named_parameters():
-        total = parameter.detach().double()
-        weights.update(f"{name} {float(total.sum())!r} {float(total.abs().sum())!r}".encode())
-    found = {"weights": weights.hexdigest()[:16]}
+        total, size = 0.0, 0.0
+        for part in parameter.detach().flatten().split(_AT_ONCE):  # no copy of an embedding in float64
+            part = part.double()
+            total, size = total + float(part.sum()), size + float(part.abs().sum())
+        weights.update(f"{name} {tuple(parameter.shape)} {total!r} {size!r}".encode())
+    found = {"weights": weights.hexdigest()[:16], "configuration": _configuration(network)}
     if segments is not None:
         found["calibration"] = hashlib.sha256(segments.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
     return found
+
+
+def _configuration(network: nn.Module) -> str:
+    """Hash of what decides a model's function besides its weights (positions, norms, activations)."""
+    config: Any = getattr(network, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        return "none"
+    left_out = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+    content = {key: value for key, value in config.to_dict().items() if key not in left_out}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class IdentifiedFile:
@@ -121,9 +135,16 @@ class ProgressFile(IdentifiedFile):
     Args:
         path: of the file.
         identity: see `IdentifiedFile`.
+        shapes: (d_out, d_in) of each layer; None: not compared.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        self.shapes = shapes or {}
         keys = ("windows", "matrices", "learned", "scales", "thresholds", "rows")
         super().__init__(path, identity, keys, "progress", "set resume: false")
 
@@ -145,10 +166,18 @@ class ProgressFile(IdentifiedFile):
         saved = self.read()
         if saved is None:
             return None
+        try:
+            matrices = {name: from_plain(matrix) for name, matrix in saved["matrices"].items()}
+        except Exception as error:  # what is saved may be anything
+            raise self._damaged() from error
+        for name, matrix in matrices.items():
+            shape, wanted = matrix.integers, self.shapes.get(name)
+            if self.shapes and (wanted is None or (shape is not None and tuple(shape.shape) != wanted)):
+                raise self._damaged()
         rank_zero_info(f"Going on from '{self.path}': {saved['windows']} windows are done.")
         return Progress(
             windows=saved["windows"],
-            matrices={name: from_plain(matrix) for name, matrix in saved["matrices"].items()},
+            matrices=matrices,
             learned=saved["learned"],
             scales=saved["scales"],
             thresholds=saved["thresholds"],

@@ -18,7 +18,7 @@ from callbacks.run.device import device_name
 from callbacks.run.directory import run_directory, write_json
 from featherlight_tables import RESERVED, flatten, human, printable
 from lightning_modules.base import Method
-from lightning_modules.parts.contracts import HasSynthetic, datamodule_of, optional
+from lightning_modules.parts.contracts import HasStartOfText, HasSynthetic, datamodule_of, optional
 
 UNTRAINED = "neither trained nor loaded"
 
@@ -48,7 +48,8 @@ class Results(Callback):
 
     Prints one table and writes `results.json` (after `test`) or `results_validate.json` (after `validate`)
     into the run directory: `stage`, `metrics`, one key a reporting callback, `device`, `versions`,
-    `checkpoint`, `weights`, `seed`, `date`, and `synthetic_data` where the data were drawn by a program.
+    `checkpoint`, `weights`, `seed`, `date`, `synthetic_data` where the data were drawn by a program, and
+    `add_bos` of a text.
     Numbers are raw in the file; those that are not finite become null, as JSON has no word for them.
 
     `weights` says where they are from: `random`, `pretrained: NAME`, `file: PATH`, `checkpoint: PATH` or
@@ -137,6 +138,7 @@ def _circumstances(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     """Where, with what and when: the keys that make a number reproducible."""
     seed = os.environ.get("PL_GLOBAL_SEED")
     data = optional(datamodule_of(trainer), HasSynthetic)
+    text = optional(datamodule_of(trainer), HasStartOfText)
     return {
         "device": {
             "type": module.device.type,
@@ -150,6 +152,7 @@ def _circumstances(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
         "weights": weights_of(trainer, module),
         **({"synthetic_data": True} if data is not None and data.synthetic else {}),
+        **({} if text is None else {"add_bos": text.starts_text}),
         "seed": None if seed is None else int(seed),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -30,7 +30,8 @@ class MaskWriter(PredictionWriter):
     The JSON is a list, one mask a line, by image: `image_id` (the position of the picture), `file_name`,
     `segmentation` in COCO's compressed run lengths, `bbox` (x, y, width, height), `area`, `score` (the
     predicted IoU) and what else the record says, such as the prompt. Pictures are drawn by the rank that
-    made the prediction, while it goes on.
+    made the prediction, while it goes on. (pycocotools 2.0.11 takes the area of a result that has a `bbox`
+    from it: remove `bbox` from the file before measuring AP by size with it.)
 
     Args:
         min_score: masks of a lower predicted IoU are left out.

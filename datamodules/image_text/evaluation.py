@@ -27,7 +27,8 @@ class ZeroShotSet:
         folder: one folder a class, or the root of `dataset`; relative to the data's root.
         classes: JSON with `classes`, a list of names in the folders' order or `{folder: name}`, and perhaps
             `templates`; `imagenet` for open_clip's 1,000 names; None makes the names of folders words.
-        templates: `openai` are CLIP's 80 for ImageNet, `simple` are 7 of them; or sentences with `{}`.
+        templates: `openai` are CLIP's 80 for ImageNet, `simple` are 7 of them; or sentences with `{}`. None
+            takes those of `classes`, and `openai` where it has none.
         dataset: name of torchvision's data set instead of folders, such as `CIFAR100`.
         arguments: of that data set, such as `{train: false}`.
     """
@@ -35,7 +36,7 @@ class ZeroShotSet:
     name: str
     folder: Path
     classes: Path | None = None
-    templates: Templates = "openai"
+    templates: Templates | None = None
     dataset: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -180,7 +181,9 @@ def _names(
     chosen: ZeroShotSet, root: Path, folders: list[str], option: str
 ) -> tuple[Sequence[str], Templates]:
     if chosen.classes is None:
-        return [name.replace("_", " ") for name in folders], chosen.templates
+        return [
+            name.replace("_", " ") for name in folders
+        ], "openai" if chosen.templates is None else chosen.templates
     if str(chosen.classes) == "imagenet":
         from open_clip import IMAGENET_CLASSNAMES
 
@@ -204,7 +207,9 @@ def _names(
             f"{option}: {chosen.classes} has {len(names)} names, and there are {len(folders)} folders of "
             "classes."
         )
-    return names, content.get("templates", chosen.templates)
+    if chosen.templates is not None:
+        return names, chosen.templates
+    return names, content.get("templates", "openai")
 
 
 class Both(NamedTuple):

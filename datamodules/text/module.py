@@ -1,7 +1,8 @@
 """Text corpora as segments of tokens: to train on, to calibrate with, and to measure perplexity."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -38,6 +39,11 @@ class SegmentDataset(Dataset[dict[str, Any]]):
         return {"input_ids": self.segments[index], "index": index}
 
 
+def _begun(segments: Tensor, start: int | None) -> Tensor:
+    """Segments (count, length) behind a start token, if there is one."""
+    return segments if start is None else F.pad(segments, (1, 0), value=start)
+
+
 class TextDataModule(DataModule):
     """Text from disk or the hub, tokenised as one stream and cut into segments without padding.
 
@@ -64,6 +70,8 @@ class TextDataModule(DataModule):
         column: of JSON objects and tables.
         document: whether a plain text file is one document, or each line is a row (WikiText).
         joiner: what is put between documents.
+        add_bos: begin every segment with the tokenizer's start token, in place of one of its tokens; `auto`:
+            where the model cannot do without (Gemma), as lm-eval has it. `results.json` says which.
         chat: `column` holds lists of messages (`role`, `content`), of which the tokenizer's chat template
             makes the text; otherwise they are refused.
         allow_overlap: calibrate on the very files that are evaluated on.
@@ -95,6 +103,7 @@ class TextDataModule(DataModule):
         column: str = "text",
         document: Document = "file",
         joiner: str = "\n\n",
+        add_bos: Literal["auto"] | bool = "auto",
         chat: bool = False,
         allow_overlap: bool = False,
         sample_size: int = 200_000,
@@ -117,6 +126,7 @@ class TextDataModule(DataModule):
         self.column = column
         self.document: Document = document
         self.joiner = joiner
+        self.add_bos = add_bos
         self.chat = chat
         self.allow_overlap = allow_overlap
         self.sample_size = sample_size
@@ -147,7 +157,7 @@ class TextDataModule(DataModule):
                 ids = self._stream(self.sources[split])
                 count = None if split == "train" else self.eval_segments
                 name = f"The {split} text '{self.sources[split]}'"
-                self.datasets[split] = SegmentDataset(packed_segments(ids, self.seq_len, count, name))
+                self.datasets[split] = SegmentDataset(self._packed(ids, self.seq_len, count, name))
 
     def calibration_segments(self) -> Tensor:
         """The segments to calibrate with, int64 (n_calibration, calibration_seq_len), the same on all ranks.
@@ -160,10 +170,39 @@ class TextDataModule(DataModule):
         length, count = self.calibration_seq_len, self.n_calibration
         if self.segmentation == "packed" or is_tokens(self.calibration):
             name = f"The calibration text '{self.calibration}'"
-            return packed_segments(self._stream(self.calibration), length, count, name)
-        documents = list(self._documents(self.calibration))
+            return self._packed(self._stream(self.calibration), length, count, name)
+        documents, start = list(self._documents(self.calibration)), self._start()
+        length -= start is not None
         segments = random_segments(documents, self._encode, length, count, self.run_seed)
-        return self._known(segments, self.calibration)
+        return _begun(self._known(segments, self.calibration), start)
+
+    @property
+    def starts_text(self) -> bool:
+        """Whether every segment begins with the tokenizer's start token."""
+        return self._start() is not None
+
+    def _start(self) -> int | None:
+        """The token that every segment begins with.
+
+        Raises:
+            MisconfigurationException: one is asked for, and the tokenizer has none.
+        """
+        if self.add_bos is False:
+            return None
+        if self.add_bos is True:
+            token = self._tokenizer().bos_token_id
+            if token is None:
+                raise MisconfigurationException(
+                    "data.add_bos is true, but the tokenizer has no start token (bos_token)."
+                )
+            return token
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return getattr(module, "start_token", None)
+
+    def _packed(self, ids: Tensor, length: int, count: int | None, name: str) -> Tensor:
+        """Segments of `length` tokens, the start token among them."""
+        start = self._start()
+        return _begun(packed_segments(ids, length - (start is not None), count, name), start)
 
     def _check_overlap(self) -> None:
         if self.allow_overlap:

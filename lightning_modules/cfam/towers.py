@@ -57,7 +57,11 @@ class ClipTowers(CLIP):
             self.visual.conv1.stride = (stride, stride)
             table = torch.randn(1 + self.grid[0] * self.grid[1], width) * width**-0.5
             self.visual.positional_embedding = nn.Parameter(table)
-        self.logit_scale.requires_grad_(False)  # the temperature is a constant
+        scale = self.logit_scale.detach()
+        del self.logit_scale
+        self.register_buffer(
+            "logit_scale", scale
+        )  # the temperature is a constant, and FSDP shards no scalars
 
     def image_tokens(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) to (B, 1 + rows x columns, D); token 0 is the global feature."""

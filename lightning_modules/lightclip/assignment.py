@@ -1,10 +1,14 @@
-"""Rectangular assignment of many small problems at once, on their device.
+"""Rectangular assignment of many small problems: all at once on an accelerator, one by one on a CPU.
 
 Shortest augmenting paths (Jonker and Volgenant), every problem a state machine of its own that takes one step
 of its search, or of turning its path round, in each turn of one loop. Words whose cheapest patch nobody else
 wants start matched. It is exact up to rounding, and nothing but one flag of every few turns goes to the host.
+On a CPU, where a turn of all problems saves nothing, scipy's compiled solver is about ten times faster.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +26,27 @@ def assign(score: Tensor, lengths: Tensor, capacity: int = 1) -> Tensor:
     Returns:
         int64 (problems, words); -1 for words that are not valid, or that no patch was left for.
     """
+    if score.device.type == "cpu":
+        return _one_by_one(score.detach(), lengths, capacity)
+    return assign_together(score, lengths, capacity)
+
+
+def _one_by_one(score: Tensor, lengths: Tensor, capacity: int) -> Tensor:
+    from scipy.optimize import linear_sum_assignment
+
+    score = score if score.dtype == torch.float64 else score.float()
+    slots: Any = (
+        score.nan_to_num().numpy().repeat(capacity, 1)
+    )  # what is not finite is reported with the loss
+    found = np.full((len(score), score.shape[2]), -1)
+    for patch, each, count in zip(found, slots, lengths.tolist(), strict=True):
+        slot, word = linear_sum_assignment(each[:, :count], maximize=True)
+        patch[word] = slot // capacity
+    return torch.from_numpy(found)
+
+
+def assign_together(score: Tensor, lengths: Tensor, capacity: int = 1) -> Tensor:
+    """`assign` of all problems in one loop, on any device."""
     problems, patches, words = score.shape
     cost = -score.detach().transpose(1, 2).repeat_interleave(capacity, 2)
     cost = cost.to(torch.float64 if score.dtype == torch.float64 else torch.float32)

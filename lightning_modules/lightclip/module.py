@@ -1,5 +1,6 @@
 """The training of LightCLIP: three losses of one picture pass, one text pass and one masked pass."""
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from lightning_modules.base import Terms
 from lightning_modules.lightclip.evaluation import ImageTextMethod
 from lightning_modules.lightclip.losses import Softening, instance_loss, token_loss
 from lightning_modules.lightclip.matching import Matching, token_scores
-from lightning_modules.lightclip.network import LightCLIPNet
+from lightning_modules.lightclip.network import LARGEST_SCALE, LightCLIPNet, similarity_scale
 from lightning_modules.lightclip.words import IGNORED, end_positions, mask_tokens, word_mask
 from lightning_modules.parts.cached import cached_features
 from lightning_modules.parts.distributed import gather_with_gradient, is_distributed
@@ -108,7 +109,7 @@ class LightCLIP(ImageTextMethod):
     @property
     def temperature(self) -> Tensor:
         """Factor of the cosines, at most 100."""
-        return self.network.logit_scale.exp().clamp(max=100)
+        return similarity_scale(self.network.logit_scale)
 
     @property
     def vocabulary_size(self) -> int:
@@ -116,9 +117,8 @@ class LightCLIP(ImageTextMethod):
         return self.network.vocabulary
 
     def inference_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`images` and `input_ids`, as far as the batch has them."""
-        names = {"images": "image", "input_ids": "input_ids"}
-        return {name: batch[key] for name, key in names.items() if key in batch}
+        """`image` and `input_ids`, as far as the batch has them."""
+        return {key: batch[key] for key in ("image", "input_ids") if key in batch}
 
     def masked(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Masked ids and labels (batch, length); random numbers of the step's generator."""
@@ -174,7 +174,7 @@ class LightCLIP(ImageTextMethod):
         if net.token_align is not None:
             patches, words = outputs["patches"].float(), outputs["words"].float()
             scores = token_scores(patches, words, outputs["valid"], self.matching)
-            scale = net.token_align.logit_scale.exp().clamp(max=100)
+            scale = similarity_scale(net.token_align.logit_scale)
             terms["token"] = self.w_tok * token_loss(*scores, outputs["valid"].sum(1), scale)
         if "masked_nll" in outputs:
             count = outputs["masked_count"].sum().clamp(min=1)
@@ -186,4 +186,4 @@ class LightCLIP(ImageTextMethod):
         """Keep both temperatures in [1, 100]."""
         for part in (self.network, self.network.token_align):
             if part is not None:
-                part.logit_scale.clamp_(0, 4.605170185988092)
+                part.logit_scale.clamp_(0, math.log(LARGEST_SCALE))

@@ -19,6 +19,7 @@ from lightning_modules.parts.options import OptionError, check, check_choice
 Fusion = Literal["stages", "last", "none"]
 TRAINING_ONLY = ("token_align.", "fusion.", "mlm.")
 """Prefixes of what inference does not need."""
+LARGEST_SCALE = 100.0
 POOLED = 7  # sides of the map that a fusion block looks at
 SWIN_NANO = "swin_nano_patch4_window7_224"
 SWIN_ARGUMENTS: dict[str, Any] = {
@@ -29,6 +30,16 @@ SWIN_ARGUMENTS: dict[str, Any] = {
     "patch_size": 4,
     "drop_path_rate": 0.0,
 }
+
+
+def similarity_scale(logit_scale: Tensor) -> Tensor:
+    """min(exp(`logit_scale`), 100), scalar (sections 2.3 and 2.4).
+
+    The gradient is that of exp also at the largest value: where it were 0, a temperature that once reached
+    it would never fall again.
+    """
+    scale = logit_scale.exp()
+    return scale + (scale.clamp(max=LARGEST_SCALE) - scale).detach()
 
 
 def build_trunk(
@@ -115,6 +126,17 @@ class ImageTower(nn.Module):
         return self.project(self.maps(images)[-1])
 
 
+def add_temperature(module: nn.Module) -> None:
+    """Give a module `logit_scale`, the logarithm of 1 / 0.07; of one entry, as FSDP shards no scalars."""
+    module.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
+    module.register_load_state_dict_pre_hook(_scalars_too)
+
+
+def _scalars_too(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    if (key := f"{prefix}logit_scale") in state:
+        state[key] = state[key].reshape(1)
+
+
 class TokenAlign(nn.Module):
     """Projections of patches and words, and the temperature of their scores (section 2.4)."""
 
@@ -122,7 +144,7 @@ class TokenAlign(nn.Module):
         super().__init__()
         self.image_proj = nn.Linear(channels, align_width, bias=False)
         self.text_proj = nn.Linear(width, align_width, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        add_temperature(self)
 
     def patches(self, final: Tensor) -> Tensor:
         """(batch, patches, width) of the final map, row by row, of unit length."""
@@ -232,7 +254,7 @@ class LightCLIPNet(nn.Module):
             build_trunk(trunk, image_size, pretrained, trunk_args), embed_dim, image_size
         )
         self._build_text(width, heads, layers, embed_dim, act)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        add_temperature(self)
         channels = self.visual.channels
         self.token_align = TokenAlign(channels[-1], width, align_width) if align_width else None
         self.mlm = MaskedWords(width, vocabulary, tie_head) if mlm else None
@@ -331,7 +353,8 @@ class LightCLIPNet(nn.Module):
 
     def inference_state(self) -> dict[str, Tensor]:
         """The state dict that open_clip's `CLIP` loads strictly."""
-        return {key: value for key, value in self.state_dict().items() if not key.startswith(TRAINING_ONLY)}
+        state = {key: value for key, value in self.state_dict().items() if not key.startswith(TRAINING_ONLY)}
+        return state | {"logit_scale": state["logit_scale"].squeeze(0)}
 
     def open_clip_config(self) -> dict:
         """What open_clip builds the inference part from: `embed_dim`, `vision_cfg`, `text_cfg`."""

@@ -186,6 +186,14 @@ class HasSynthetic(Protocol):
 
 
 @runtime_checkable
+class HasStartOfText(Protocol):
+    """Whether every segment begins with the tokenizer's start token, for reports."""
+
+    @property
+    def starts_text(self) -> bool: ...
+
+
+@runtime_checkable
 class HasSubmissions(Protocol):
     """Names of the files that a benchmark's site takes, by part of what is predicted."""
 
@@ -297,6 +305,14 @@ class HasVocabularySize(Protocol):
 
     @property
     def vocabulary_size(self) -> int: ...
+
+
+@runtime_checkable
+class HasStartToken(Protocol):
+    """Id of the token that every text must start with; None where the model does without."""
+
+    @property
+    def start_token(self) -> int | None: ...
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_modules.parts.pretrained import check_loaded
 from lightning_modules.parts.weights import load_weights
 
 TextTask = Literal["sequence", "tokens"]
@@ -182,10 +183,14 @@ def build_model(
 
     if model_args is None:
         try:
-            return kind.from_pretrained(model, dtype=torch.float32, trust_remote_code=False, **options)
+            network, info = kind.from_pretrained(
+                model, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
+            )
         except Exception as error:  # config, weights and libraries each fail in their own way
             reason = " ".join(str(error).split()) or type(error).__name__
             raise MisconfigurationException(f"model '{model}' cannot be loaded: {reason}") from error
+        check_loaded(network, model, info, new_head=True)
+        return network
     known = {name: getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")}
     defaults = {"vocab_size": len(tokenizer), **{k: v for k, v in known.items() if v is not None}}
     config = AutoConfig.for_model(model, **{**defaults, **options, **model_args})

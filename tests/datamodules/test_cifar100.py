@@ -80,6 +80,23 @@ def test_validates_on_the_test_images(cifar_root):
     assert len(data.train_dataloader()) == 3
 
 
+def test_train_images_keeps_some_of_what_is_not_held_out(cifar_root):
+    def split(**options):
+        data = CIFAR100DataModule(root=cifar_root, val_fraction=0.25, seed=1, **SMALL, **options)
+        data.setup("fit")
+        return {name: set(data.datasets[name].indices.tolist()) for name in ("train", "val")}
+
+    everything, few = split(), split(train_images=7)
+    assert len(few["train"]) == 7
+    assert few["train"] < everything["train"]
+    assert few == split(train_images=7)
+    assert few["val"] == everything["val"]
+    with pytest.raises(DataError, match=r"train_images: 46 are wanted, and .* has 45 to train on"):
+        split(train_images=46)
+    with pytest.raises(ValueError, match="train_images must be at least 1, got 0"):
+        CIFAR100DataModule(train_images=0)
+
+
 def test_val_fraction_holds_training_images_out(cifar_root):
     def split(seed: int) -> tuple[set[bytes], set[bytes]]:
         data = CIFAR100DataModule(root=cifar_root, val_fraction=0.25, seed=seed, **SMALL)

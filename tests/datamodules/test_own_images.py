@@ -63,6 +63,17 @@ def test_test_images_never_serve_as_validation_unsaid(flat, caplog):
     assert not any("/test/" in path for path in files(data.datasets["val"]))
 
 
+def test_an_empty_folder_is_named_by_the_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = ["--config", "images", "--data.init_args.root", "photos", "--model.init_args.weights", "null"]
+    assert featherlight_module.main(["fit", *options]) == 2
+    assert "error: photos has no class folders. Expected under root=photos: " in capsys.readouterr().err
+    (tmp_path / "photos" / "cat").mkdir()
+    assert featherlight_module.main(["fit", *options]) == 2
+    assert "num_classes: 1; two classes or more are needed" in capsys.readouterr().err
+
+
 def test_too_few_to_hold_out(flat):
     for path in (*flat.glob("cat/*"), *flat.glob("dog/*")):
         path.unlink()

@@ -13,12 +13,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from callbacks.deploy.runtime import compare_files
 from callbacks.quantization.base import EvaluationQuantizer
 from callbacks.quantization.ranks import of_first_rank
 from callbacks.quantization.scheme import VisionScheme, assigned
 from callbacks.quantization.store import IdentifiedFile
 from callbacks.quantization.vision.calibration import Batch, Calibration, Forward, warn_of_skipped
-from callbacks.quantization.vision.integers import compare_files, export_float, export_integers
+from callbacks.quantization.vision.integers import export_float, export_integers
 from callbacks.quantization.vision.layers import QuantizedUnit
 from callbacks.quantization.vision.observe import LAYERS, observe
 from callbacks.quantization.vision.report import describe_units

@@ -4,10 +4,6 @@ Two ranges of an operand are two products, whose sum is exact; steps of heads ar
 Nothing of what was measured in torch changes but the order of float additions.
 """
 
-import statistics
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,17 +23,7 @@ from callbacks.quantization.vision.operands import (
     SoftmaxOperand,
 )
 from callbacks.quantization.vision.products import no_products
-from lightning_modules.parts.inference import InferencePath, repeat_to, spec_of
-
-INTEGER_OPERATORS = (
-    "QLinearConv",
-    "QLinearMatMul",
-    "MatMulIntegerToFloat",
-    "QGemm",
-    "ConvInteger",
-    "MatMulInteger",
-)
-"""What onnxruntime makes of a float operator between QDQ nodes, where it has an integer kernel for it."""
+from lightning_modules.parts.inference import InferencePath, spec_of
 
 
 @torch.library.custom_op("featherlight::quantize_dequantize", mutates_args=())
@@ -281,59 +267,3 @@ def on_cpu(module: LightningModule) -> Iterator[None]:
         yield
     finally:
         module.to(device)
-
-
-def compare_files(
-    full: Path, integers: Path, inputs: Mapping[str, Tensor], batch_size: int = 1, repeats: int = 30
-) -> dict[str, Any]:
-    """Size and latency of two files in onnxruntime on one CPU thread, in turns, and what the second runs in
-    integers.
-
-    Returns:
-        `bytes` and `float_bytes`; `milliseconds` and `float_milliseconds` (medians of a batch), `speedup`
-        (below 1 where integers lose), `integer_operators` and `float_operators`, the counts of matrix
-        products and convolutions after onnxruntime's own optimisation.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    sessions = [
-        onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        for file in (full, integers)
-    ]
-    feeds = {name: repeat_to(tensor.detach().cpu(), batch_size).numpy() for name, tensor in inputs.items()}
-    taken: list[list[float]] = [[], []]
-    for turn in range(repeats + 3):
-        for session, times in zip(sessions, taken, strict=True):
-            start = time.perf_counter()
-            session.run(None, feeds)
-            if turn >= 3:
-                times.append(1000 * (time.perf_counter() - start))
-    float_ms, integer_ms = (statistics.median(times) for times in taken)
-    return {
-        "bytes": integers.stat().st_size,
-        "float_bytes": full.stat().st_size,
-        "milliseconds": integer_ms,
-        "float_milliseconds": float_ms,
-        "speedup": float_ms / integer_ms,
-        **operators(integers),
-    }
-
-
-def operators(path: Path) -> dict[str, dict[str, int]]:
-    """Matrix products and convolutions by operator, after onnxruntime's optimisation."""
-    import onnx
-    import onnxruntime
-
-    with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        counts = Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
-    floats = ("MatMul", "Gemm", "Conv", "ConvTranspose", "FusedConv", "FusedMatMul", "FusedGemm")
-    return {
-        "integer_operators": {name: counts[name] for name in INTEGER_OPERATORS if counts[name]},
-        "float_operators": {name: counts[name] for name in floats if counts[name]},
-    }

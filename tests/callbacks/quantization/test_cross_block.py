@@ -8,7 +8,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from callbacks.quantization import Scheme, resolve_schemes
 from callbacks.quantization.blocks import BlockStack, HiddenStates, linear_layers
-from callbacks.quantization.error_feedback import gptq_integers
+from callbacks.quantization.error_feedback import best_damp, gptq_integers
+from callbacks.quantization.grid import fit_grid, from_integers, to_integers
 from callbacks.quantization.losses import hidden_error
 from callbacks.quantization.reconstruction import Reconstruction
 from callbacks.quantization.sequential import SequentialGPTQ, nearest_matrix
@@ -85,6 +86,10 @@ def test_sixteen_bits_learn_nothing(make_model, segments, quantize):
         {"window": 4, "overlap": 0},
         {"cfp_weights": True, "cfp_granularity": "channel"},
         {"skip_first_tokens": 1},
+        {"rounding_form": "offset", "rounding_rank": "full", "lr_rounding": 0.1},
+        {"rounding_form": "offset", "rounding_rank": 0, "lr_weight_step": 0.1},
+        {"optimizer": "sign_sgd", "rate_decay": "linear"},
+        {"rates_per_window": True},
     ],
     ids=lambda options: ",".join(options),
 )
@@ -93,6 +98,57 @@ def test_every_switch_changes_the_result(make_model, segments, quantize, options
     quantize(network, segments, epochs=1)
     quantize(other, segments, epochs=1, **options)
     assert not torch.equal(logits(network, segments), logits(other, segments))
+
+
+OFFSETS = {
+    "rounding_form": "offset",
+    "rounding_rank": "full",
+    "optimizer": "sign_sgd",
+    "rate_decay": "linear",
+}
+OFFSETS |= {"rates_per_window": True, "lr_rounding": 1.0, "lr_weight_step": 1.0, "homologous": False}
+"""The recipes of `configs/cbq`: a rounding can travel half a step, whatever the number of steps."""
+
+
+def test_offsets_and_ranges_lower_the_error_on_held_out_segments(make_model, segments, quantize):
+    engine = quantize(
+        make_model().network, segments, epochs=15, window=1, overlap=0, held_out=0.25, **OFFSETS
+    )
+    rows = engine.progress.rows
+    assert rows[0]["loss_after"] < 0.7 * rows[0]["loss_before"]
+    assert all(row["held_out_loss_after"] <= row["held_out_loss_before"] for row in rows)
+    assert rows[0]["held_out_loss_after"] > rows[0]["loss_after"], "what was learned on fits better"
+    for matrix in engine.progress.matrices.values():  # the ends of the ranges have moved from their bound
+        assert matrix.scale.gt(0).all()
+        assert 0 < matrix.changed < 0.5
+
+
+def test_the_best_state_on_held_out_segments_stays(make_model, segments, quantize):
+    """Steps that only harm leave rounding to nearest, and end after `patience` passes."""
+    harm = {"rates_per_window": False, "lr_rounding": 100.0, "lr_weight_step": 100.0, "batch_size": 2}
+    nearest, kept = make_model().network, make_model().network
+    quantize(nearest, segments, Scheme(6, 32), epochs=0)
+    options = {**OFFSETS, **harm, "window": 1, "overlap": 0, "held_out": 0.5}
+    engine = quantize(kept, segments, Scheme(6, 32), epochs=9, patience=2, **options)
+    assert [row["passes"] for row in engine.progress.rows] == [0, 0, 0, 0]
+    assert torch.equal(logits(kept, segments), logits(nearest, segments))
+    with pytest.raises(MisconfigurationException, match=r"held_out=0\.5: it must be 0 with 1 calibration"):
+        quantize(kept, segments[:1], epochs=1, held_out=0.5)
+
+
+def test_a_rounding_can_travel_half_a_step_however_few_steps(make_model, segments, quantize, monkeypatch):
+    travelled = []
+    optimise = Reconstruction.optimise
+
+    def spy(self, *arguments):
+        passes = optimise(self, *arguments)
+        travelled.append(max(float(rounding.offset.detach().abs().max()) for rounding in self.roundings))
+        return passes
+
+    monkeypatch.setattr(Reconstruction, "optimise", spy)
+    for epochs in (2, 8):
+        quantize(make_model().network, segments, epochs=epochs, window=4, overlap=0, **OFFSETS)
+    assert travelled == [0.5, 0.5]
 
 
 def test_static_steps_of_activations_are_learned(make_model, segments, quantize):
@@ -234,7 +290,7 @@ def gptq_run(make_model, segments, **options):
     """The network and the integers of GPTQ at three bits."""
     network = make_model().network.eval()
     schemes = resolve_schemes(linear_layers(network, "model.layers"), Scheme(3, 32))
-    engine = SequentialGPTQ(network, "model.layers", schemes, segments, damp=0.1, **options)
+    engine = SequentialGPTQ(network, "model.layers", schemes, segments, **{"damp": 0.1, **options})
     return network, {name: matrix.integers for name, matrix in engine.run().items()}
 
 
@@ -261,6 +317,40 @@ def test_gptq_sees_the_quantized_layers_before_a_layer(make_model, segments):
     weight = original.get_submodule(down).weight
     expected, _ = gptq_integers(weight, 2 * flat.T @ flat / len(flat), 3, 32, damp=0.1)
     assert (inside[down] == expected).float().mean() > 0.999  # batches are summed in another order
+
+
+def test_gptq_in_the_order_of_activations(make_model, segments):
+    """Static groups: the grid is RTN's; the column with the largest inputs, which comes first, is nearest."""
+    weight, inputs = torch.randn(48, 64), torch.randn(512, 64) * torch.logspace(-1, 1, 64)
+    hessian = 2 * inputs.T @ inputs / 512
+    integers, grid = gptq_integers(weight, hessian, 3, 16, act_order=True)
+    nearest = fit_grid(weight, 3, 16)
+    assert torch.equal(grid.scale, nearest.scale)
+    assert torch.equal(grid.zero_point, nearest.zero_point)
+    assert torch.equal(integers[:, -1], to_integers(weight, nearest)[:, -1]), "largest input: rounded first"
+    turned, _ = gptq_integers(weight.flip(1), hessian.flip(0, 1), 3, 16, act_order=True)
+    assert torch.equal(turned.flip(1), integers), "the order of the columns does not matter"
+
+    def error(found):
+        difference = from_integers(*found) - weight
+        return float(((difference @ hessian) * difference).sum())
+
+    assert error((integers, grid)) < error(gptq_integers(weight, hessian, 3, 16))
+
+
+def test_gptq_takes_the_damping_that_errs_least_on_held_out_tokens(make_model, segments):
+    weight, basis = torch.randn(32, 64), torch.randn(6, 64)
+    few, many = (torch.randn(n, 6) @ basis + 0.3 * torch.randn(n, 64) for n in (66, 4096))
+    fitted, held_out, damps = few.T @ few, many.T @ many, [1e-4, 0.03, 100.0]
+
+    def error(damp):
+        difference = from_integers(*gptq_integers(weight, fitted, 3, 16, damp=damp)) - weight
+        return float((many @ difference.T).square().sum())
+
+    assert best_damp(weight, fitted, held_out, damps, (3, 16, False)) == min(damps, key=error) == 0.03
+    _, alone = gptq_run(make_model, segments)
+    _, several = gptq_run(make_model, segments, damp=[0.1, 10.0, 100.0])
+    assert any(not torch.equal(alone[name], several[name]) for name in alone)
 
 
 def test_gptq_names_a_layer_that_nothing_reached(make_model, segments):

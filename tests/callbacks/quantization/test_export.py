@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from callbacks.deploy.compressed_tensors import export_model, form_of
@@ -109,3 +110,77 @@ def test_what_the_format_cannot_express_is_refused_before_calibration(
     callback = RTN(**options, export="compressed-tensors")
     with pytest.raises(MisconfigurationException, match=rf"cannot express layer.*{reason}.*as dense"):
         trainer(callbacks=[callback]).test(make_model(), tokens, verbose=False)
+
+
+def unpacked(words, bits, count):
+    """Integers (count, n) of GPTQ's layout, as its kernels take them: from the lowest bit on, over word borders."""
+    stream = (words.long() & 0xFFFFFFFF).unsqueeze(1) >> torch.arange(32)[None, :, None] & 1
+    values = stream.flatten(0, 1).view(count, bits, -1)
+    return (values << torch.arange(bits)[None, :, None]).sum(1)
+
+
+@pytest.mark.parametrize(
+    "scheme", [Scheme(4, 32), Scheme(3, 32), Scheme(2, -1), Scheme(8, 32, True), Scheme(4, 32, True)], ids=str
+)
+def test_gptq_holds_the_weights_in_memory(make_model, segments, tmp_path, tokens, trainer, scheme):
+    module = make_model()
+    options = {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
+    callback = RTN(**options, export="gptq")
+    trainer(callbacks=[callback]).test(module, tokens, verbose=False)
+    folder = tmp_path / "gptq"
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (config["checkpoint_format"], config["bits"], config["sym"]) == (
+        "gptq_v2",
+        scheme.bits,
+        scheme.symmetric,
+    )
+    state = load_file(folder / "model.safetensors")
+    for name in callback.matrices:
+        weight = module.network.get_submodule(name).weight.detach()
+        parts = {key: state[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
+        integers = unpacked(parts["qweight"], scheme.bits, weight.shape[1])  # (d_in, d_out)
+        zeros = unpacked(parts["qzeros"].T, scheme.bits, weight.shape[0]).T  # (groups, d_out)
+        index = parts["g_idx"].long()
+        found = (integers - zeros[index]) * parts["scales"].float()[index]
+        assert torch.equal(found.T, weight), name
+        assert f"{name}.weight" not in state
+
+
+def test_words_of_four_bits_are_those_of_the_published_layout():
+    from callbacks.deploy.gptq import packed_bits
+
+    column = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8])[:, None]
+    assert packed_bits(column, 4).tolist() == [[0x87654321 - 2**32]]
+    thirds = torch.tensor([5] * 10 + [6] + [0] * 21)[:, None]  # the eleventh goes over the border of a word
+    first, second, _ = (int(word) & 0xFFFFFFFF for word in packed_bits(thirds, 3).flatten())
+    assert (first >> 30, second & 1) == (6 & 3, 6 >> 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"bits": 5}, "2, 3, 4 or 8 bits"), ({"activation_bits": 8}, "no quantized activations")],
+)
+def test_what_gptq_cannot_express_is_refused(make_model, tokens, trainer, options, reason):
+    with pytest.raises(MisconfigurationException, match=rf"GPTQ layout cannot express layer.*{reason}"):
+        trainer(callbacks=[RTN(**options, export="gptq")]).test(make_model(), tokens, verbose=False)
+
+
+def test_an_export_is_loaded_and_compared(make_model, tokens, trainer, monkeypatch):
+    pytest.importorskip("compressed_tensors")
+    callback = RTN(bits=4, symmetric=True, export="both")
+    trainer(callbacks=[callback]).test(make_model(), tokens, verbose=False)
+    for found in callback.report["exported"].values():
+        assert (found["checked"], found["logits_equal"]) == ("loaded in transformers", True)
+        assert found["perplexity_loaded"] == found["perplexity_in_memory"]
+    save = AutoModelForCausalLM.from_pretrained
+
+    def broken(*given, **options):
+        network = save(*given, **options)
+        network.lm_head.weight.data[3] += 1
+        return network
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", broken)
+    callback = RTN(bits=4, symmetric=True, export="dense")
+    with pytest.warns(UserWarning, match="gives other logits than the model in memory"):
+        trainer(callbacks=[callback]).test(make_model(), tokens, verbose=False)
+    assert callback.report["exported"]["dense"]["logits_equal"] is False

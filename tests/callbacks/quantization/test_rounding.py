@@ -6,6 +6,7 @@ import torch
 from callbacks.quantization.activations import ActivationQuantizer, quantize_tensor
 from callbacks.quantization.grid import Grid, fit_grid, from_integers, to_integers
 from callbacks.quantization.losses import hidden_error
+from callbacks.quantization.offsets import SMALLEST_END, LearnedOffset
 from callbacks.quantization.rounding import LearnedRounding, rect, rounding_penalty
 
 
@@ -90,6 +91,64 @@ def test_the_fused_gradient_is_the_one_of_the_definition(weight, rank, hard):
         torch.testing.assert_close(found, wanted)
     (steps,) = torch.autograd.grad((plain_weight(rounding, hard) * direction).sum(), [rounding.scale])
     torch.testing.assert_close(fused[-1], steps)
+
+
+def straight_through(x, value):
+    return x + (value - x).detach()
+
+
+def plain_offset_weight(offset, weight, symmetric):
+    """AutoRound's definition through autograd; `where` has a gradient at the bound, `clamp` none."""
+    groups = weight.unflatten(1, (-1, 16))
+    if symmetric:
+        step = groups.abs().amax(2, keepdim=True) * offset.high_end[..., None] / 3
+        zero, low, high = torch.zeros_like(step), -4, 3
+    else:
+        bottom = groups.amin(2, keepdim=True).clamp_max(0) * offset.low_end[..., None]
+        step = (groups.amax(2, keepdim=True).clamp_min(0) * offset.high_end[..., None] - bottom) / 7
+        zero, low, high = straight_through(-bottom / step, (-bottom / step).round()), 0, 7
+    shifted = groups / step + offset.offset.unflatten(1, (-1, 16))
+    integers = straight_through(shifted, shifted.round()) + zero
+    integers = torch.where(integers < low, low, torch.where(integers > high, high, integers))
+    return ((integers - zero) * step).flatten(1)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_offsets_and_ends_of_ranges_have_the_gradient_of_the_definition(weight, symmetric):
+    offset = LearnedOffset(weight, 3, 16, symmetric)
+    assert torch.equal(offset(), from_integers(*_nearest(weight, symmetric))), "untrained it is RTN"
+    assert offset.changed() == 0
+    direction = torch.randn_like(weight)
+    for ends in (1.0, 0.7):  # where they start, which is their bound; and where much is clipped
+        with torch.no_grad():
+            offset.offset.uniform_(-0.5, 0.5)
+            for end in offset.step_parameters():
+                end.mul_(ends)
+        parameters = [*offset.rounding_parameters(), *offset.step_parameters()]
+        fused = torch.autograd.grad((offset() * direction).sum(), parameters)
+        plain_weight = plain_offset_weight(offset, weight, symmetric)
+        plain = torch.autograd.grad((plain_weight * direction).sum(), parameters)
+        torch.testing.assert_close(offset(), plain_weight)
+        for found, wanted in zip(fused, plain, strict=True):
+            torch.testing.assert_close(found, wanted)
+            assert (found != 0).any()
+    torch.testing.assert_close(from_integers(offset.integers().double(), offset.grid()), offset())
+    assert 0.1 < offset.changed() < 0.9
+
+
+def _nearest(weight, symmetric):
+    grid = fit_grid(weight, 3, 16, symmetric)
+    return to_integers(weight, grid), grid
+
+
+def test_offsets_stay_within_half_a_step_and_ends_within_their_range(weight):
+    offset = LearnedOffset(weight, 3, 16)
+    with torch.no_grad():
+        for parameter in offset.parameters():
+            parameter.add_(7 * torch.randn_like(parameter))
+    offset.clamp_steps()
+    assert offset.offset.abs().max() == 0.5
+    assert all((end.amin(), end.amax()) == (SMALLEST_END, 1) for end in offset.step_parameters())
 
 
 def test_trainable_numbers():

@@ -5,6 +5,7 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,67 @@ def test_each_layout_gives_the_same_pairs(lists, layout):
     assert batch["image"].shape == (3, 3, 16, 16)
 
 
+PUBLISHED = {  # an entry of each as the files of the splits have them
+    "coco": {
+        "filepath": "val2014",
+        "sentids": [770337, 771687],
+        "filename": "COCO_val2014_000000391895.jpg",
+        "imgid": 0,
+        "split": "restval",
+        "sentences": [
+            {"tokens": ["a", "man"], "raw": "A man on a moped. ", "imgid": 0, "sentid": 770337},
+            {"tokens": ["man"], "raw": "Man riding a motor bike.\n", "imgid": 0, "sentid": 771687},
+        ],
+        "cocoid": 391895,
+    },
+    "flickr30k": {
+        "sentids": [0],
+        "imgid": 0,
+        "sentences": [{"tokens": ["two"], "raw": "Two friends hang out.", "imgid": 0, "sentid": 0}],
+        "split": "train",
+        "filename": "1000092795.jpg",
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_karpathys_splits_as_they_are_published(name, tmp_path):
+    entry = PUBLISHED[name]
+    test = {**entry, "split": "test", "imgid": 1}
+    content = {"images": [entry, test, {**test, "split": "val"}], "dataset": name}
+    (tmp_path / f"dataset_{name}.json").write_text(json.dumps(content))
+    picture = tmp_path / "pictures" / entry.get("filepath", "") / entry["filename"]
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(jpeg())
+    file, folder = Path(f"dataset_{name}.json"), Path("pictures")
+    data = module(
+        tmp_path,
+        format="karpathy",
+        train=str(file),
+        images=folder,
+        splits=("train", "restval"),
+        batch_size=1,
+        retrieval=[RetrievalSet("five", file, folder)],
+    )
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert batch["path"] == [str(picture)]
+    data.setup("test")
+    said = [sentence["raw"].strip() for sentence in entry["sentences"]]
+    loaders = data.test_dataloader()
+    assert [text for part in loaders["test_five_queries"] for text in part["caption"]] == said
+    assert [path for part in loaders["test_five_gallery"] for path in part["path"]] == [str(picture)]
+
+
+def test_captions_of_another_tokenizer_are_refused(drawn):
+    data = module(drawn)
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(vocabulary_size=100))
+    with pytest.raises(
+        MisconfigurationException, match=r"byte pairs, 49408 tokens, and the model's .* has 100"
+    ):
+        data.setup("fit")
+
+
 def test_a_random_caption_is_a_function_of_the_epoch(lists):
     data = module(lists, format="coco", train="coco.json", captions="random", batch_size=3)
     data.setup("fit")
@@ -180,7 +242,9 @@ def test_broken_samples_are_left_out_and_counted(tmp_path, caplog):
         list(strict.train_dataloader())
     stops = module(tmp_path, train="*.tar", batch_size=20)
     stops.setup("fit")
-    with pytest.raises(CorruptSampleError, match=r"03 of|05 of"):
+    with pytest.raises(
+        CorruptSampleError, match=r"03 of .* \(UnidentifiedImageError: cannot identify image file\)|05 of"
+    ):
         list(stops.train_dataloader())
 
 
@@ -255,6 +319,8 @@ def test_evaluation_reads_classes_and_both_sides(drawn):
     ("chosen", "message"),
     [
         (ZeroShotSet("x", Path("zeroshot"), templates=["a thing"]), "the template 'a thing' has no {}"),
+        (ZeroShotSet("x", Path("zeroshot"), Path("zeroshot.json"), ["a thing"]), "'a thing' has no {}"),
+        (ZeroShotSet("x", Path("zeroshot"), templates=[]), "there is no template"),
         (ZeroShotSet("x", Path("zeroshot"), Path("few.json")), "has 2 names, and there are 32 folders"),
         (ZeroShotSet("x", Path("zeroshot"), Path("other.json")), "no name for the folder black_circle"),
         (ZeroShotSet("x", Path("train")), "there is no folder of a class"),

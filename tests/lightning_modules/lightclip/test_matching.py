@@ -5,18 +5,19 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
-from lightning_modules.lightclip.assignment import assign
+from lightning_modules.lightclip.assignment import assign, assign_together
 from lightning_modules.lightclip.matching import Matching, assigned_score, token_scores
 
 
 @pytest.mark.parametrize(
     ("patches", "words", "capacity"), [(49, 16, 1), (9, 7, 2), (4, 11, 2), (5, 9, 1), (49, 30, 1)]
 )
-def test_the_assignment_is_scipys(patches, words, capacity):
+@pytest.mark.parametrize("solver", [assign, assign_together])
+def test_the_assignment_is_scipys(solver, patches, words, capacity):
     stream = torch.Generator().manual_seed(patches + words)
     score = torch.randn(24, patches, words, generator=stream, dtype=torch.float64)
     lengths = torch.randint(0, words + 1, (24,), generator=stream)
-    found = assign(score, lengths, capacity)
+    found = solver(score, lengths, capacity)
     for problem in range(24):
         own, count = score[problem], int(lengths[problem])
         assert (found[problem, count:] == -1).all()

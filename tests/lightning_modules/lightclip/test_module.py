@@ -39,6 +39,24 @@ def test_parts_have_the_gradients_of_the_batch(capacity):
     torch.testing.assert_close(parts[1], whole[1], atol=1e-5, rtol=1e-4)
 
 
+def test_captions_of_other_data_are_refused():
+    module, given = LightCLIP(SMALL), batch()
+    longer = torch.nn.functional.pad(given["input_ids"], (0, 40))
+    with pytest.raises(OptionError, match=r"context_length=\d+: the captions of the data have 52 tokens"):
+        module.compute({**given, "input_ids": longer})
+    with pytest.raises(OptionError, match="no end token 59: they are of another tokenizer"):
+        module.compute({**given, "input_ids": given["input_ids"].clamp(max=58)})
+
+
+def test_scalars_of_other_files_are_read_as_temperatures():
+    module = LightCLIP(SMALL)
+    assert min(parameter.ndim for parameter in module.parameters()) == 1  # FSDP shards no scalar
+    state = {name: torch.full((), 3.0) if "scale" in name else t for name, t in module.state_dict().items()}
+    module.load_state_dict(state)
+    assert module.network.token_align.logit_scale.tolist() == [3.0]
+    assert module.network.inference_state()["logit_scale"].shape == ()
+
+
 def test_a_weight_of_zero_builds_nothing():
     module = LightCLIP(SMALL, w_tok=0, w_mlm=0)
     assert set(step(module)[0]) == {"instance"}

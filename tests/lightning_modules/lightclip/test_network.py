@@ -1,10 +1,13 @@
 """What remains for inference is open_clip's CLIP; what training adds changes nothing of it."""
 
+import math
+
 import pytest
 import torch
 from open_clip import CLIP
 
 from lightning_modules.lightclip import LightCLIPNet, Matching, Softening
+from lightning_modules.lightclip.network import LARGEST_SCALE, similarity_scale
 from lightning_modules.parts.options import OptionError
 
 SMALL = {"image_size": 64, "embed_dim": 16, "width": 32, "heads": 2, "layers": 4, "context_length": 12}
@@ -67,3 +70,13 @@ def test_swin_nano_has_the_papers_size():
 def test_options_out_of_range(make, named):
     with pytest.raises(OptionError, match=named):
         make()
+
+
+def test_a_temperature_that_reached_its_largest_value_can_fall_again():
+    logit_scale = torch.tensor(math.log(LARGEST_SCALE), requires_grad=True)
+    scale = similarity_scale(logit_scale)
+    scale.backward()
+    assert scale.item() == pytest.approx(100, rel=1e-6)
+    assert logit_scale.grad.item() == pytest.approx(100, rel=1e-6)
+    assert similarity_scale(torch.tensor(9.0)).item() == pytest.approx(100, rel=1e-6)
+    assert similarity_scale(torch.tensor(2.0)).item() == pytest.approx(math.exp(2))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -10,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 
 from callbacks import CLIPExport, CLIPTeacher, TokenPruningPooling
@@ -129,6 +132,23 @@ def test_ppt_on_a_vit_tower(drawn, trainer):
     assert reduction.state_dict()  # it acted
 
 
+def test_an_export_is_refused_before_the_work(trainer, monkeypatch):
+    run = trainer()
+    with pytest.raises(MisconfigurationException, match="CLIPExport exports LightCLIP, not ImageClassifier"):
+        CLIPExport().setup(run, ImageClassifier("test_vit", 2, model_args={"img_size": 32}), "test")
+    module = LightCLIP(NETWORK, w_tok=0, w_mlm=0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"CLIPExport needs onnx, .*pip install featherlight\[export\]"
+    ):
+        CLIPExport().setup(run, module, "test")
+    CLIPExport().setup(run, module, "fit")  # nothing is exported there
+    CLIPExport(onnx=False).setup(run, module, "test")
+    sharded = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(MisconfigurationException, match="CLIPExport exports no sharded network"):
+        CLIPExport(onnx=False).setup(sharded, module, "test")
+
+
 @pytest.fixture(scope="module")
 def exported(drawn, tmp_path_factory):
     from lightning.pytorch import Trainer
@@ -163,7 +183,8 @@ def test_onnx_towers_give_what_torch_gives_for_any_batch(exported):
             ("text", ids, module.encode_text(ids)),
         ):
             session = onnxruntime.InferenceSession(str(folder / f"{tower}_tower.onnx"))
-            found = session.run(["features"], {session.get_inputs()[0].name: given.numpy()})[0]
+            name = {"image": "image", "text": "input_ids"}[tower]
+            found = session.run(["features"], {name: given.numpy()})[0]
             assert np.abs(found - wanted.detach().numpy()).max() < 1e-4
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.multiprocessing import start_processes
+from torch.nn.parallel import DistributedDataParallel
 
 from featherlight_cli import make_cli
 from lightning_modules import LightCLIP
@@ -93,6 +95,15 @@ def test_killed_and_resumed_ends_alike(folder, whole, featherlight):
         assert torch.equal(value, ours["state_dict"][key]), key
 
 
+def test_two_ranks_of_torchrun_train_every_loss(folder, whole, on_two_ranks):
+    """DDP waits for every gradient: no parameter may be without one."""
+    options = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1")
+    on_two_ranks(
+        *("fit", "--config", "recipe.yaml", "--trainer.default_root_dir", "two", *options), cwd=folder
+    )
+    assert final(folder / "two")["global_step"] == 2
+
+
 def test_test_and_predict(folder, whole):
     common = ["--config", "recipe.yaml", "--trainer.default_root_dir", "whole", "--ckpt_path", "auto"]
     command(folder, "test", *common)
@@ -123,26 +134,30 @@ def on_a_rank(rank, folder):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
-    torch.save(gradients(slice(3 * rank, 3 * rank + 3)), f"{folder}/{rank}.pt")
+    for kind in (DistributedDataParallel, sharded):
+        torch.save(gradients(slice(3 * rank, 3 * rank + 3), kind), f"{folder}/{kind.__name__}_{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def gradients(rows):
-    """Loss and gradients of some of six pairs, after DDP's mean over the ranks."""
+def sharded(module):
+    return FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+def gradients(rows, spread=lambda module: module):
+    """Loss and gradients of some of six pairs, after the mean over the ranks."""
     torch.manual_seed(0)
     module = LightCLIP({**SMALL, "trunk": "test_convnext", "align_width": 8}, w_tok=0, w_mlm=0).double()
     module.softening = module.softening._replace(kind="constant")
     whole = {key: value[rows] for key, value in batch().items()}
     whole["image"] = whole["image"].double()
-    trained = module
-    if torch.distributed.is_initialized():
-        trained = torch.nn.parallel.DistributedDataParallel(Losses(module))
-        loss = trained(whole)
-    else:
-        loss = Losses(module)(whole)
+    trained = spread(Losses(module))
+    loss = trained(whole)
     loss.backward()
-    found = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
-    return loss.detach(), found
+    context = contextlib.nullcontext()
+    if isinstance(trained, FullyShardedDataParallel):
+        context = FullyShardedDataParallel.summon_full_params(trained, with_grads=True)
+    with context:
+        return loss.detach(), {n: p.grad.clone() for n, p in module.named_parameters() if p.requires_grad}
 
 
 class Losses(torch.nn.Module):
@@ -154,9 +169,16 @@ class Losses(torch.nn.Module):
         return sum(self.module.losses(self.module.compute(batch), batch).values())
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    start_processes(on_a_rank, (str(tmp_path),), nprocs=2, start_method="fork")
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    start_processes(on_a_rank, (str(folder),), nprocs=2, start_method="fork")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["DistributedDataParallel", "sharded"])
+def test_two_processes_have_the_gradients_of_one(kind, two_ranks):
+    found = [torch.load(two_ranks / f"{kind}_{rank}.pt") for rank in (0, 1)]
     loss, whole = gradients(slice(None))
     torch.testing.assert_close((found[0][0] + found[1][0]) / 2, loss)
     assert whole["network.logit_scale"].abs() > 1e-4

@@ -18,6 +18,7 @@ from datamodules import (
     ImageFolderDataModule,
     ImageNetDataModule,
     ImagesDataModule,
+    ImageTextDataModule,
     PersonRetrievalDataModule,
     TextDataModule,
 )
@@ -30,6 +31,7 @@ from lightning_modules import (
     DecoDetector,
     GenDet,
     ImageClassifier,
+    LightCLIP,
     TextClassifier,
 )
 from lightning_modules.gendet import LinearProbe, NearestNeighbors
@@ -53,11 +55,13 @@ from lightning_modules.parts.contracts import (
     HasNumClasses,
     HasPrintedNames,
     HasPrompt,
+    HasPrompts,
     HasRoot,
     HasSeenGenerators,
     HasSequenceLength,
     HasTokenizer,
     HasTrainingLabels,
+    HasVocabularySize,
     datamodule_of,
     members,
     offers,
@@ -84,6 +88,7 @@ DATA = {
     GlueDataModule: (HasClassNames, HasNumClasses, HasCalibrationSegments),
     EntityDataModule: (HasClassNames, HasNumClasses),
     PersonRetrievalDataModule: (HasNumClasses, HasIndexedGallery),
+    ImageTextDataModule: (HasClassNames, HasImageSize, HasPrompts),
 }
 SPECIAL = {
     *CLASSES,
@@ -92,10 +97,12 @@ SPECIAL = {
     HasSequenceLength,
     HasCalibrationSegments,
     HasIndexedGallery,
+    HasPrompts,
 }
 METHODS = {
     CFAM: (HasNormalize, HasInferenceInputs, HasInference, HasGalleryEncoder),
     ImageClassifier: (HasNormalize, HasInference),
+    LightCLIP: (HasNormalize, HasInferenceInputs, HasInference, HasVocabularySize),
     DecoDetector: (HasNormalize, HasInference),
     CausalLanguageModel: (HasTokenizer, HasInference),
     GenDet: (HasTrainingLabels, HasInferenceInputs, HasInference),
