@@ -159,7 +159,7 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def arithmetic(options: argparse.Namespace) -> dict[str, float]:
-    """FLOPs of both passes with every part over those of plain CLIP; nothing is computed."""
+    """Operations of both passes with every part over those of plain CLIP; nothing is computed."""
     with torch.device("meta"):
         built: Any = module(LossSettings(), options)
         image = torch.rand(options.batch_size, 3, *options.size)
