@@ -1,6 +1,7 @@
 """DFKD-T3-style distillation: a generator that rewrites a general corpus for a student and its teacher."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -165,7 +166,8 @@ class DataFreeDistillation(TextMaker):
                 group["lr"] = self.rates[name]
             optimizers.append(optimizer)
             options = self.schedule_options
-            factor = options.rate if name == "student" else partial(options.generator_rate, self.rates[name])
+            generator: Callable[[int], float] = partial(options.generator_rate, self.rates[name])
+            factor = options.rate if name == "student" else generator
             schedules.append(torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
         return optimizers, schedules
 
