@@ -78,13 +78,14 @@ def load_language_model(model: str, dtype: Dtype = "float32") -> nn.Module:
     try:
         compressed = _compression(model)
         options = {"quantization_config": _dequantizing(compressed)} if compressed else {}
-        network, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             _place(model), **file, **options, dtype=kind, trust_remote_code=False, output_loading_info=True
         )
     except MisconfigurationException:
         raise
     except Exception as error:  # config, weights and libraries each fail in their own way
         raise _refusal("model", model, error) from error
+    network, info = loaded
     check_loaded(network, model, info)
     refuse_if_not_causal(network, model)
     if compressed:
@@ -93,7 +94,7 @@ def load_language_model(model: str, dtype: Dtype = "float32") -> nn.Module:
         # these are plain weights now; transformers would refuse to save what calls itself quantized
         if hasattr(network.config, "quantization_config"):
             del network.config.quantization_config
-        network.hf_quantizer = None  # type: ignore[assignment]
+        network.hf_quantizer = None
     return network
 
 

@@ -41,7 +41,7 @@ def gptq_config(network: nn.Module, matrices: Mapping[str, QuantizedMatrix]) -> 
         for name, part in network.named_modules()
         if isinstance(part, nn.Linear) and name not in matrices and part is not _head(network)
     ]
-    dynamic = {f"-:{_pattern(name)}": {} for name in left_out} | {
+    dynamic: dict[str, dict[str, Any]] = {f"-:{_pattern(name)}": {} for name in left_out} | {
         f"+:{_pattern(name)}": {
             "bits": matrix.scheme.bits,
             "group_size": matrix.scheme.group_size,

@@ -117,7 +117,7 @@ class RuntimeTest(Callback):
         trainer.strategy.barrier("RuntimeTest")
         self._replaced = module.get_submodule("network")
         module.network = RuntimeNetwork(path)
-        module.normalize = _as_they_are  # the file normalises
+        module.normalize = _as_they_are  # type: ignore[assignment]  # the file normalises
 
     def _leave(self, module: LightningModule) -> None:
         if self._replaced is not None:
@@ -213,7 +213,7 @@ def quantize_file(full: Path, integers: Path, batches: Sequence[Mapping[str, Ten
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self.batches = iter({n: tensor.cpu().numpy() for n, tensor in batch.items()} for batch in batches)
 

@@ -361,7 +361,7 @@ class QuantizationCallback(EvaluationQuantizer):
         measures = [TokenLikelihood("perplexity") for _ in range(2)]
         try:
             dtype = next(module.network.parameters()).dtype
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
             loaded.to(module.device).eval()
             equal = True
             with evaluating(module.network):

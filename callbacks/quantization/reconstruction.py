@@ -14,7 +14,7 @@ from callbacks.quantization.grid import SMALLEST_STEP
 from callbacks.quantization.layers import LearnedLayer
 from callbacks.quantization.losses import hidden_error, reconstruction_loss
 from callbacks.quantization.ranks import average
-from callbacks.quantization.rounding import beta_at
+from callbacks.quantization.rounding import LearnedRounding, beta_at
 from callbacks.quantization.settings import CrossBlockSettings
 
 
@@ -163,7 +163,8 @@ class Reconstruction:
         learns = any(rounding.rounding_parameters() for rounding in self.roundings)
         if not hard and settings.lambda_com and learns:
             beta = beta_at(step, total, settings.beta_start, settings.beta_end, settings.beta_warmup)
-            penalties = torch.stack([rounding.penalty(beta) for rounding in self.roundings])
+            soft = [rounding for rounding in self.roundings if isinstance(rounding, LearnedRounding)]
+            penalties = torch.stack([rounding.penalty(beta) for rounding in soft])
             loss = loss + settings.lambda_com * penalties.mean()
         return loss
 

@@ -75,7 +75,7 @@ def left_out(network: nn.Module, blocks: str, layers: Iterable[str]) -> dict[str
     for name in layers:
         layer = network.get_submodule(name)
         if isinstance(layer, Expert):
-            covered.add(layer.owner.get_parameter(layer.parameter))  # type: ignore[arg-type]
+            covered.add(layer.owner.get_parameter(layer.parameter))
         else:
             covered.add(layer.get_parameter("weight"))
     sizes = block_weights(network, blocks)

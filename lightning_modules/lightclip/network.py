@@ -140,6 +140,8 @@ def _scalars_too(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: A
 class TokenAlign(nn.Module):
     """Projections of patches and words, and the temperature of their scores (section 2.4)."""
 
+    logit_scale: nn.Parameter
+
     def __init__(self, channels: int, width: int, align_width: int) -> None:
         super().__init__()
         self.image_proj = nn.Linear(channels, align_width, bias=False)
@@ -221,6 +223,8 @@ class LightCLIPNet(nn.Module):
     Raises:
         OptionError: an option is out of its range.
     """
+
+    logit_scale: nn.Parameter
 
     def __init__(
         self,
