@@ -331,6 +331,10 @@ def in_words(rows: Sequence[Row], shown: Mapping[str, str]) -> str:
             fraction = 0 <= ours <= 1 and 0 <= base <= 1
             gain = f"{100 * (ours - base):+.3g} points" if fraction else f"{100 * (ours / base - 1):+.3g} %"
             parts.append(f"{heading} {human(name, ours)} for {human(name, base)} ({gain})")
+        elif heading == "latency" and (
+            same := last.mean(f"{name.rpartition('/')[0]}/float32_{heading}_seconds")
+        ):
+            parts.append(f"{ours / same:.2g} times the {heading} of its float32 form")  # timed in turns
         elif heading in ("size", "latency"):
             parts.append(f"{ours / base:.2g} times the {heading}")
     return f"{last.name} against {first.name}: {', '.join(parts)}." if parts else ""

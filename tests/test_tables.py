@@ -53,6 +53,10 @@ def test_what_a_runtime_ran_is_compared_where_all_were_tested_in_one(tmp_path):
     said = " ".join(render([first, second], width=80).partition("on Some CPU")[2].split())
     gain = "top1 0.5 for 0.25 (+25 points), 0.5 times the size, 0.5 times the latency."
     assert said == f"int8 against float: {gain}"
+    both = {**ran, "float32_latency_seconds": 0.004}
+    quantized = report(tmp_path / "quantized", 0.5, onnxruntime=both)
+    said = " ".join(render([first, quantized], width=80).partition("on Some CPU")[2].split())
+    assert said.endswith("0.5 times the size, 0.25 times the latency of its float32 form.")
     third = report(tmp_path / "torch", 0.5)
     assert columns(read_runs([second, third]))["latency"] == "efficiency/latency_seconds"
 

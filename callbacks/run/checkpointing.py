@@ -116,14 +116,21 @@ class RunCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=save_on_train_epoch_end,
             enable_version_counter=False,
         )
+        self._evaluates = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle the folder."""
         self.dirpath = str(checkpoints_of(trainer))
+        self._evaluates = stage != "fit"
         super().setup(trainer, pl_module, stage)
 
         self._validated = False  # since the last write; validation may leave a threshold or a score behind
         self._started = False
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what was written; an evaluation writes nothing, and may read from any folder."""
+        if not self._evaluates:
+            super().load_state_dict(state_dict)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove what an earlier, killed run of this one should have removed."""

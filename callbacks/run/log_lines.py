@@ -31,6 +31,7 @@ class LogLines(ProgressBar):
         self._counted = 0
         self._began = {"run": 0.0, "epoch": 0.0, "loop": 0.0}
         self._first = (0, 0)  # batches and steps that were done before this process began
+        self._validated = -1  # step of the last validation
 
     def enable(self) -> None:
         """Print from now on."""
@@ -78,7 +79,8 @@ class LogLines(ProgressBar):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what the epoch came to."""
-        self._say(trainer, *_epoch_parts(trainer, time.monotonic() - self._began["epoch"]))
+        seconds = time.monotonic() - self._began["epoch"]
+        self._say(trainer, *_epoch_parts(trainer, seconds, self._validated))
 
     # Evaluation
 
@@ -91,6 +93,7 @@ class LogLines(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the metrics of a validation in the middle of an epoch; at its end they follow anyway."""
         self._restart_interval(_batches_done(trainer))
+        self._validated = trainer.global_step
         epoch_loop = trainer.fit_loop.epoch_loop
         if (
             trainer.state.fn == "fit"
@@ -199,6 +202,7 @@ class EpochLines(Callback):
 
     def __init__(self) -> None:
         self._began = 0.0
+        self._validated = -1
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the epoch's clock."""
@@ -206,15 +210,20 @@ class EpochLines(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what the epoch came to."""
-        announce(trainer, ", ".join(_epoch_parts(trainer, time.monotonic() - self._began)))
+        seconds = time.monotonic() - self._began
+        announce(trainer, ", ".join(_epoch_parts(trainer, seconds, self._validated)))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember when it was."""
+        self._validated = trainer.global_step
 
 
-def _epoch_parts(trainer: Trainer, seconds: float) -> list[str]:
-    """What an epoch came to, at its end."""
+def _epoch_parts(trainer: Trainer, seconds: float, validated: int) -> list[str]:
+    """What an epoch came to, at its end; of the validation only where it was at this step."""
     parts = [_epoch(trainer), f"step {trainer.global_step}", f"done in {_duration(seconds)}"]
     if (loss := trainer.callback_metrics.get("train/loss")) is not None:
         parts.append(f"loss {float(loss):.4g}")
-    return parts + _metrics(trainer)
+    return parts + (_metrics(trainer) if validated == trainer.global_step else [])
 
 
 def _batches_done(trainer: Trainer) -> int:

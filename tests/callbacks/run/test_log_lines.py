@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import RichProgressBar
 
-from callbacks.run.log_lines import LogLines
+from callbacks.run.log_lines import EpochLines, LogLines
 from featherlight_cli import make_cli
 from lightning_modules import ImageClassifier
 
@@ -59,6 +59,16 @@ def test_few_lines_where_nothing_takes_long(trainer, blob_data, classifier, caps
         ["epoch 2/2", " step 5", " validated in 0:00:00"],
         ["epoch 2/2", " step 6", " done in 0:00:00"],
     ]
+
+
+@pytest.mark.parametrize("kind", [LogLines, EpochLines])
+def test_an_epoch_that_was_not_validated_repeats_no_older_metrics(
+    trainer, blob_data, classifier, capsys, kind
+):
+    run = trainer(callbacks=[kind()], max_epochs=3, check_val_every_n_epoch=2, enable_progress_bar=True)
+    run.fit(classifier, blob_data(length=16))
+    done = [line for line in lines(capsys) if "done in" in line]
+    assert ["val/top1" in line for line in done] == [False, True, False]
 
 
 def test_the_time_left_counts_steps_where_they_end_the_run(
