@@ -81,11 +81,11 @@ class RuntimeTest(Callback):
             check_installed("RuntimeTest", PACKAGES)
             image_network(pl_module, "RuntimeTest runs classifiers")
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export, and test the file."""
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export, and test the file; by now the summary of the run has seen the network in torch."""
         self._enter(trainer, pl_module)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Likewise in `validate`; the validations inside a `fit` stay with torch."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._enter(trainer, pl_module)
