@@ -161,7 +161,7 @@ class Preemption(Callback):
                     callback.on_validation_epoch_end(trainer, pl_module)
         path = checkpoints_of(trainer) / "last.ckpt"
         with torch.inference_mode(False):  # a validation's
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
         self._leave(number, f"saved '{path}' at step {trainer.global_step}, leaving")
 
     def _agree(self, trainer: Trainer, pl_module: LightningModule) -> int:

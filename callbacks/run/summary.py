@@ -90,7 +90,12 @@ def _ending(trainer: Trainer) -> list[str]:
             "best",
         )
     else:
-        best, choice = f"{writer.last_model_path}, the last (checkpoint.monitor chooses none)", "auto"
+        why = (
+            "checkpoint.monitor chooses none"
+            if writer.monitor is None
+            else f"no {writer.monitor} was measured"
+        )
+        best, choice = f"{writer.last_model_path}, the last ({why})", "auto"
     lines.append(f"best: {best}")
     if (run / "config_fit.yaml").exists():
         file = shlex.quote(str(run / "config_fit.yaml"))
