@@ -9,7 +9,6 @@ seed=${1:-0}
 runs=runs/quickstart
 rm -rf "$runs"
 common=(--config quickstart --seed_everything "$seed")
-distilled=(--trainer.default_root_dir "$runs/distilled")
 
 echo "== 1/8  a teacher learns from 7,600 pictures"
 featherlight fit "${common[@]}" --config quickstart_teacher
@@ -24,18 +23,18 @@ echo "== 4/8  test it"
 featherlight test "${common[@]}" --config quickstart_alone --ckpt_path best --trainer.callbacks+=onnxruntime
 
 echo "== 5/8  the same student, pictures and steps, with the teacher's opinions"
-featherlight fit "${common[@]}" "${distilled[@]}" --trainer.callbacks+=kd --trainer.callbacks.teacher null \
+featherlight fit "${common[@]}" --trainer.callbacks+=kd --trainer.callbacks.teacher null \
   --trainer.callbacks.weights "$runs/teacher/checkpoints/last.ckpt" --trainer.callbacks.criterion.temperature 4
 
 echo "== 6/8  test it"
-featherlight test "${common[@]}" "${distilled[@]}" --ckpt_path best --trainer.callbacks+=onnxruntime
+featherlight test "${common[@]}" --ckpt_path best --trainer.callbacks+=onnxruntime
 
 echo "== 7/8  test it in int8"
 featherlight test "${common[@]}" --trainer.default_root_dir "$runs/distilled_int8" --trainer.callbacks+=int8 \
   --checkpoint.dirpath "$runs/distilled/checkpoints" --ckpt_path best
 
 echo "== 8/8  predict"
-featherlight predict "${common[@]}" "${distilled[@]}" --ckpt_path best --trainer.callbacks+=predictions
+featherlight predict "${common[@]}" --ckpt_path best --trainer.callbacks+=predictions
 
 echo "Predictions: $runs/distilled/predictions.csv; a picture of them: $runs/distilled/contact_sheet.png"
 echo "Both students saw the same 400 pictures in the same steps; the teacher had learned from these and 7,200 others."
