@@ -45,6 +45,7 @@ _DDP = "torch.nn.parallel.DistributedDataParallel"
 _CHECKPOINTING, _RESUMING = ("callbacks/run/checkpointing.py",), ("callbacks/run/resuming.py",)
 _ENCODER = ("lightning_modules/parts/encoder.py",)
 _GEOMETRY, _AVERAGING = "callbacks/run/geometry.py", "lightning_modules/parts/averaging.py"
+_EXPERTS = ("callbacks/quantization/experts.py",)
 _COMMAND = ("featherlight_cli.py",)
 
 PRIVATE = (
@@ -140,7 +141,6 @@ PRIVATE = (
         "torch.nn.Module",
         "_modules",
         (
-            "lightning_modules/dfkd_t3/module.py",
             "lightning_modules/dfkd_t3/networks.py",
             "lightning_modules/dfkd_t3/texts.py",
             "lightning_modules/language_model.py",
@@ -154,6 +154,9 @@ PRIVATE = (
         ("lightning_modules/gendet/baselines.py", "callbacks/quantization/vision/operands.py"),
         "banks and steps of the checkpoint's size",
     ),
+    Private("torch.nn.Module", "_apply", _EXPERTS, "experts that are views and stay with their owner"),
+    Private("torch.nn.Module", "_forward_hooks", _EXPERTS, "experts that are watched"),
+    Private("torch.nn.Module", "_forward_pre_hooks", _EXPERTS, "experts that are watched"),
     Private(
         _DDP,
         "_set_params_and_buffers_to_ignore_for_model",

@@ -100,14 +100,15 @@ def expose_experts(network: nn.Module, prefix: str) -> list[str]:
 
 def _place_expert(owner: nn.Module, parameter: str, index: int, transposed: bool) -> None:
     expert = Expert(owner, parameter, index, transposed)
+    children = dict(owner.named_children())
     if parameter == "weight":
-        if str(index) not in owner._modules:
+        if str(index) not in children:
             owner.add_module(str(index), expert)
         return
-    if str(index) not in owner._modules:
+    if str(index) not in children:
         owner.add_module(str(index), nn.Module())
     place = owner.get_submodule(str(index))
-    if parameter not in place._modules:
+    if parameter not in dict(place.named_children()):
         place.add_module(parameter, expert)
 
 
