@@ -3,7 +3,7 @@
 A tiny random model of every type of `MODEL_FOR_CAUSAL_LM_MAPPING`, each in a process of its own:
 
     python benchmarks/model_table.py docs/models.md
-    python benchmarks/model_table.py /tmp/some.md --types llama gpt2
+    python benchmarks/model_table.py some.md --types llama gpt2
 """
 
 import argparse

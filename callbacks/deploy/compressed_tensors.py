@@ -70,11 +70,7 @@ def expressed(
     """
     if form == "dense":
         return None
-    if form == "compressed-tensors":
-        return compression_config(network, matrices)
-    config = gptq_config(network, matrices)
-    saved_names(network, matrices)
-    return config
+    return (compression_config if form == "compressed-tensors" else gptq_config)(network, matrices)
 
 
 def _save_dense(folder: Path, network: nn.Module, tokenizer: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from callbacks.deploy.saved_names import saved_names
 from callbacks.quantization.experts import Expert
 from callbacks.quantization.layers import QuantizedMatrix
 from callbacks.quantization.scheme import Scheme
@@ -34,6 +35,7 @@ def gptq_config(network: nn.Module, matrices: Mapping[str, QuantizedMatrix]) -> 
                 f"The GPTQ layout cannot express layer '{name}' ({matrix.scheme}): {reason}. Export it as "
                 "dense."
             )
+    saved_names(network, matrices)
     schemes = {matrix.scheme for matrix in matrices.values()}
     common = max(schemes, key=lambda scheme: sum(m.scheme == scheme for m in matrices.values()))
     left_out = [

@@ -27,8 +27,10 @@ def saved_names(network: nn.Module, layers: Iterable[str]) -> dict[str, str]:
     }
     places: dict[int, list[tuple[str, Tensor]]] = {}
     for key, tensor in _written(network, marked).items():
-        first = tensor.flatten()[0] if tensor.numel() else torch.tensor(-1.0)
-        if tensor.numel() and bool((tensor == first).all()):
+        if not tensor.numel():
+            continue
+        first = tensor[(0,) * tensor.ndim]
+        if not any(tensor.stride()) or bool((tensor == first).all()):  # untouched ones are not unfolded
             places.setdefault(int(first), []).append((key, tensor))
     numbers = {name: number for number, name in enumerate(names)}
     found: dict[str, str] = {}

@@ -125,7 +125,6 @@ class QuantizationCallback(EvaluationQuantizer):
             name, which transformers loads; `gptq` is the layout of GPTQ checkpoints, for vLLM.
         baseline: also measure the perplexity before quantization, on the same batches.
         check_export: load what was exported, and compare logits and perplexity on the first four batches.
-
         average_bits: give each layer without an override its own bits, so many on average, more where
             rounding costs the loss more (squared gradients on up to 32 calibration segments); None: `bits`.
 
@@ -227,7 +226,8 @@ class QuantizationCallback(EvaluationQuantizer):
             )
         path, _ = find_blocks(module.network, self.blocks)
         layers = linear_layers(module.network, path, routers=True)
-        routers = [name for name in layers if name not in linear_layers(module.network, path)]
+        usual = linear_layers(module.network, path)
+        routers = [name for name in layers if name not in usual]
         asked = only_matched(layers, routers, [*self.targets, *self.overrides])
         layers = {name: layer for name, layer in layers.items() if name not in routers or name in asked}
         schemes = resolve_schemes(layers, self.scheme, self.targets, self.ignore, self.overrides)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from callbacks.quantization.experts import Expert
+from callbacks.quantization.experts import Expert, stored_parameter
 from callbacks.quantization.grid import fit_grid, from_integers, to_integers
 from callbacks.quantization.layers import matrix_of
 from callbacks.quantization.ranks import total
@@ -26,12 +26,7 @@ def squared_gradients(network: nn.Module, names: Sequence[str], segments: Tensor
         segments: token ids (segments, length), passed one at a time.
     """
     layers = {name: network.get_submodule(name) for name in names}
-    owners = {
-        name: layer.owner.get_parameter(layer.parameter)
-        if isinstance(layer, Expert)
-        else layer.get_parameter("weight")
-        for name, layer in layers.items()
-    }
+    owners = {name: stored_parameter(layer) for name, layer in layers.items()}
     states = {parameter: parameter.requires_grad for parameter in network.parameters()}
     wanted = list(dict.fromkeys(owners.values()))
     squares = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in wanted}

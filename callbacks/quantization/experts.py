@@ -62,6 +62,13 @@ class Expert(nn.Module):
         return self
 
 
+def stored_parameter(layer: nn.Module) -> nn.Parameter:
+    """The parameter that holds a layer's weight; those of one 3-D parameter's experts share it."""
+    if isinstance(layer, Expert):
+        return layer.owner.get_parameter(layer.parameter)
+    return layer.get_parameter("weight")
+
+
 def _fused(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of a module that hold a matrix for each expert."""
     if "expert" in type(module).__name__.lower() and not isinstance(module, nn.Linear):

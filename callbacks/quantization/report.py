@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from callbacks.quantization.experts import Expert
+from callbacks.quantization.experts import stored_parameter
 from callbacks.quantization.layers import QuantizedMatrix
 from callbacks.quantization.scheme import Scheme
 
@@ -71,13 +71,7 @@ def left_out(network: nn.Module, blocks: str, layers: Iterable[str]) -> dict[str
         blocks: their path.
         layers: names of layers; those of experts are parts of a parameter.
     """
-    covered: set[nn.Parameter] = set()
-    for name in layers:
-        layer = network.get_submodule(name)
-        if isinstance(layer, Expert):
-            covered.add(layer.owner.get_parameter(layer.parameter))
-        else:
-            covered.add(layer.get_parameter("weight"))
+    covered = {stored_parameter(network.get_submodule(name)) for name in layers}
     sizes = block_weights(network, blocks)
     rest = {name: size for name, size in sizes.items() if network.get_parameter(name) not in covered}
     return dict(sorted(rest.items(), key=lambda item: -item[1]))

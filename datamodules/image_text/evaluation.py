@@ -180,10 +180,9 @@ def read_zero_shot(
 def _names(
     chosen: ZeroShotSet, root: Path, folders: list[str], option: str
 ) -> tuple[Sequence[str], Templates]:
+    templates: Templates = "openai" if chosen.templates is None else chosen.templates
     if chosen.classes is None:
-        return [
-            name.replace("_", " ") for name in folders
-        ], "openai" if chosen.templates is None else chosen.templates
+        return [name.replace("_", " ") for name in folders], templates
     if str(chosen.classes) == "imagenet":
         from open_clip import IMAGENET_CLASSNAMES
 
@@ -207,9 +206,7 @@ def _names(
             f"{option}: {chosen.classes} has {len(names)} names, and there are {len(folders)} folders of "
             "classes."
         )
-    if chosen.templates is not None:
-        return names, chosen.templates
-    return names, content.get("templates", "openai")
+    return names, content.get("templates", templates) if chosen.templates is None else templates
 
 
 class Both(NamedTuple):

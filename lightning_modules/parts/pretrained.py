@@ -72,6 +72,8 @@ def declare_bits(network: nn.Module, config: Mapping[str, Any], compressed: Iter
         config: `quantization_config` of the folder.
         compressed: names of the layers that have integers there.
     """
+    from compressed_tensors.utils import is_match  # of the extra, without which the folder did not load
+
     modules = dict(network.named_modules())
     ends = {path: part for path, part in modules.items() if isinstance(part, nn.Linear)}
     groups = list(config["config_groups"].values())
@@ -80,7 +82,7 @@ def declare_bits(network: nn.Module, config: Mapping[str, Any], compressed: Iter
         path = name if name in ends else next((each for each in ends if name.endswith(each)), None)
         if path is None:
             continue
-        group = next((group for group in groups if _targets(group["targets"], path, ends[path])), groups[0])
+        group = next((group for group in groups if is_match(path, ends[path], group["targets"])), groups[0])
         bits = int(group["weights"]["num_bits"])
         ends[path].weight_bits = float(bits)  # type: ignore[assignment]
         counts[bits] = counts.get(bits, 0) + 1
@@ -88,12 +90,4 @@ def declare_bits(network: nn.Module, config: Mapping[str, Any], compressed: Iter
     rank_zero_info(
         f"The model is compressed ({widths}): its weights are dequantized, so they can be trained and "
         "quantized again."
-    )
-
-
-def _targets(patterns: Iterable[str], path: str, layer: nn.Module) -> bool:
-    return any(
-        pattern in (path, type(layer).__name__)
-        or (pattern.startswith("re:") and re.match(pattern[3:], path) is not None)
-        for pattern in patterns
     )

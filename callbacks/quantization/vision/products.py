@@ -7,6 +7,7 @@ attention is computed in its three steps. Names of parameters do not change, and
 of its class.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -47,7 +48,7 @@ class Product(nn.Module):
         return self.left(a) @ b
 
 
-class CallMode(TorchFunctionMode):
+class CallMode(TorchFunctionMode, ABC):
     """Gets every call of torch's functions while it is entered."""
 
     def __torch_function__(
@@ -60,9 +61,9 @@ class CallMode(TorchFunctionMode):
         """What `call` makes of it."""
         return self.call(func, args, kwargs or {})
 
+    @abstractmethod
     def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Answer a call in the place of `func`."""
-        raise NotImplementedError
 
 
 class ProductMode(CallMode):

@@ -5,24 +5,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from callbacks.quantization import Scheme
+from tests.callbacks.quantization.conftest import SMALL
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 260,
-    "max_position_embeddings": 64,
-    "eos_token_id": 1,
-    "bos_token_id": 1,
-    "pad_token_id": 0,
-}
+TOKENS = {"eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 0}
 
 
 def network_with_a_massive_activation(family, dtype, segments):
     torch.manual_seed(0)
-    options = SMALL | ({"head_dim": 8} if "gemma" in family else {})
+    options = SMALL | TOKENS | ({"head_dim": 8} if "gemma" in family else {})
     config = AutoConfig.for_model(family, **options)
     network = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():

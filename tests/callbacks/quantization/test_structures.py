@@ -17,16 +17,8 @@ from callbacks.quantization.budget import allocate
 from callbacks.quantization.sequential import SequentialGPTQ, nearest_matrix
 from callbacks.quantization.store import ProgressFile, as_plain, fingerprint
 from lightning_modules import CausalLanguageModel
+from tests.callbacks.quantization.conftest import SMALL
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 260,
-    "max_position_embeddings": 64,
-}
 FEW = {"num_experts_per_tok": 1}
 MIXTURES = {
     "olmoe": {**FEW, "num_experts": 3},
